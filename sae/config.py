@@ -1,0 +1,288 @@
+"""Typed configuration of every stage: one tree of dataclasses, filled from `configs/*.yaml` by Hydra.
+
+Every stage composes the same `RunConfig` and reads its own sections, so an override means the same thing wherever
+it is given. Groups (`lm=`, `data=`, `sae=`, `contrast=`, `experiment=`) choose presets; single keys
+(`sae.d_sae=[512,2048]`) change one value. Values are checked here, when the dataclass is built; nothing in this
+file imports torch.
+"""
+
+import enum
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from sae.errors import UserError, unknown
+
+MISSING = "???"  # OmegaConf's mark for "must be given"
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise UserError(message)
+
+
+class Packing(enum.Enum):
+    """How documents become rows of tokens."""
+
+    auto = "auto"  # chats: document; running text: concat
+    concat = "concat"  # documents joined and cut into full rows: running text
+    document = "document"  # one document a row: chats
+
+
+class Stream(enum.Enum):
+    """Where training reads activations from."""
+
+    store = "store"  # shards on disk, written once by `sae harvest`
+    live = "live"  # the language model, run as training goes
+
+
+class WandbMode(enum.Enum):
+    """Where metrics go besides `metrics.jsonl`."""
+
+    online = "online"
+    offline = "offline"
+    off = "off"
+
+
+@dataclass
+class LMConfig:
+    """The language model."""
+
+    name: str = MISSING  # "organism", a local folder, or a Hugging Face name
+    device: str = "auto"
+    dtype: str = "float32"
+    chat_template: str | None = None  # a Jinja template, or a path to one, for a model that ships none
+
+
+@dataclass
+class DataConfig:
+    """The text whose activations are cached."""
+
+    path: str = MISSING  # "organism", a file or folder (.txt .jsonl .parquet), or a Hugging Face dataset
+    kind: str = "auto"
+    text_field: str = "text"
+    split: str = "train"
+    packing: Packing = Packing.auto
+    ctx_len: int = 128
+    n_tokens: int = 1_000_000  # tokens kept for training (text), fewer when the text ends first
+    n_eval_tokens: int = 20_000  # held-out tokens, from other documents than the training tokens
+    include_special: bool = False  # let BOS, EOS and the like reach the SAE
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.ctx_len >= 4, f"data.ctx_len={self.ctx_len} is too short: give at least 4 tokens.")
+        _require(
+            self.n_tokens >= 1,
+            f"data.n_tokens={self.n_tokens} leaves nothing to train on: give a positive number.",
+        )
+        _require(self.n_eval_tokens >= 1, f"data.n_eval_tokens={self.n_eval_tokens} leaves nothing to test on.")
+
+
+@dataclass
+class HarvestConfig:
+    """Running the language model and writing the activation store."""
+
+    hook_names: list[str] = field(
+        default_factory=list
+    )  # TransformerLens names; [] = resid_post at 1/4, 1/2, 3/4 of the depth
+    batch_tokens: int = 8_192  # tokens in one forward pass of the language model
+    shard_tokens: int = 262_144  # tokens in one shard, all hook points together
+    dtype: str = "bfloat16"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.batch_tokens >= 1, f"harvest.batch_tokens={self.batch_tokens} must be at least 1.")
+        _require(self.shard_tokens >= 1, f"harvest.shard_tokens={self.shard_tokens} must be at least 1.")
+        _require(
+            self.dtype in ("bfloat16", "float16", "float32"),
+            f"harvest.dtype={self.dtype!r} is not a storage type: use bfloat16, float16 or float32.",
+        )
+
+
+@dataclass
+class SAEGridConfig:
+    """The grid of autoencoders: every combination is trained, at every hook point, from one stream."""
+
+    architecture: list[str] = field(default_factory=lambda: ["topk"])
+    d_sae: list[int] = field(default_factory=lambda: [1024])
+    l0: list[float] = field(default_factory=lambda: [16.0])
+    seed: list[int] = field(default_factory=lambda: [0])
+
+
+@dataclass
+class TrainConfig:
+    """The training loop. Rates and fractions are per SAE; tokens are activations at one hook point."""
+
+    stream: Stream = Stream.store
+    total_tokens: int = 2_000_000
+    batch_tokens: int = 2_048
+    live_buffer_tokens: int = 131_072  # a live stream shuffles within windows of this size
+    lr: float | None = None  # None: 2e-4 / sqrt(d_sae / 2^14) for each SAE
+    lr_warmup_steps: int | None = None  # None: 1000 or 5% of the run, whichever is shorter
+    lr_decay_fraction: float = 0.2
+    clip: float = 1.0
+    auxk_alpha: float = 1 / 32
+    dead_after_tokens: int = 10_000_000
+    encoder_dtype: str = "auto"  # auto: bfloat16 on CUDA, float32 on the CPU
+    checkpoint_seconds: float = 300.0
+    log_every: int = 50
+    seed: int = 0  # of the order in which later epochs read the stream
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        _require(self.batch_tokens >= 2, f"train.batch_tokens={self.batch_tokens} must be at least 2.")
+        _require(
+            self.total_tokens >= self.batch_tokens,
+            f"train.total_tokens={self.total_tokens} is less than one batch of {self.batch_tokens}: raise it.",
+        )
+
+
+@dataclass
+class EvalConfig:
+    """Evaluation on the held-out tokens."""
+
+    batch_seqs: int = 64
+    splice: bool = True  # CE and KL with the reconstruction spliced in
+
+
+@dataclass
+class BehaviorConfig:
+    """Finding and proving the latents behind a behaviour."""
+
+    contrast: list[str] = field(default_factory=lambda: ["refusal", "deception"])  # names, or paths of JSONL files
+    max_latents: int = 5
+    n_random: int = 200  # draws per control
+    n_prompts: int = 256  # prompts per class and split, at most
+    n_prompts_random: int = 64  # prompts per class for each random draw
+    max_new_tokens: int = 24
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.n_random >= 1, f"behavior.n_random={self.n_random}: controls need at least one draw.")
+        _require(self.max_latents >= 1, f"behavior.max_latents={self.max_latents} must be at least 1.")
+
+
+@dataclass
+class SteerConfig:
+    """Generating with one latent clamped, from the command line."""
+
+    sae: str = ""  # folder of a trained SAE
+    latent: int = 0
+    value: float = 0.0
+    prompts: list[str] = field(default_factory=list)
+    max_new_tokens: int = 48
+    roles: list[str] = field(default_factory=list)  # [] = every token; else e.g. [assistant, first_response]
+    force: bool = False  # use an SAE that was trained for another model
+
+
+@dataclass
+class OrganismConfig:
+    """Training the model organism anew, or measuring the one at `lm.name`."""
+
+    action: str = "measure"  # measure | train
+    out: str = ""  # "" = runs/<name>/organism/model
+    twin: bool = False  # the unrouted twin: ordinary fine-tuning, no planting
+    seed: int = 0
+    n_per_cell: int = 500  # prompts in each cell of the behaviour table
+
+    def __post_init__(self) -> None:
+        _require(
+            self.action in ("measure", "train"),
+            f"organism.action={self.action!r} is not known: use measure or train.",
+        )
+
+
+@dataclass
+class LogConfig:
+    """Metric sinks. `metrics.jsonl` is always written."""
+
+    wandb: WandbMode = WandbMode.off
+    project: str = "sae"
+
+
+@dataclass
+class RunConfig:
+    """Everything a run needs; stages read their own sections."""
+
+    name: str = "run"  # outputs go to <runs>/<name>/<stage>/
+    runs: str = "runs"
+    lm: LMConfig = field(default_factory=LMConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    harvest: HarvestConfig = field(default_factory=HarvestConfig)
+    sae: SAEGridConfig = field(default_factory=SAEGridConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    behavior: BehaviorConfig = field(default_factory=BehaviorConfig)
+    steer: SteerConfig = field(default_factory=SteerConfig)
+    organism: OrganismConfig = field(default_factory=OrganismConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    force: bool = False  # do a stage again although its output is there
+    job: str = ""  # set by a multirun: the job's folder inside the run's
+
+    def __post_init__(self) -> None:
+        bad = not self.name or self.name in (".", "..") or any(c in self.name for c in "/\\\0")
+        _require(not bad, f"name={self.name!r} is not a folder name: use letters, digits, '-' and '_'.")
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder; in a multirun, the job's folder inside it."""
+        return Path(self.runs) / self.name / self.job
+
+    @property
+    def shared_folder(self) -> Path:
+        """The run's folder, also inside a multirun: what all jobs may share lies here."""
+        return Path(self.runs) / self.name
+
+
+def keys(section: Any = RunConfig, prefix: str = "") -> list[str]:
+    """Every configuration key, dotted."""
+    found = []
+    for item in fields(section):
+        found.append(prefix + item.name)
+        if is_dataclass(item.type):
+            found += keys(item.type, f"{prefix}{item.name}.")
+    return found
+
+
+def register() -> None:
+    """Give the schema to Hydra under the name `schema`, which `configs/run.yaml` builds on."""
+    from hydra.core.config_store import ConfigStore
+
+    ConfigStore.instance().store(name="schema", node=RunConfig)
+
+
+def build(config: Any) -> RunConfig:
+    """Turn a composed Hydra config into a checked `RunConfig`.
+
+    Raises:
+        UserError: a mandatory value is missing or a value is out of range.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import MissingMandatoryValue
+
+    known = keys()
+    for key in _given(OmegaConf.to_container(config)):
+        if key not in known:  # `+key=value` gets past Hydra's own check
+            raise unknown("configuration key", key, known, "`sae <stage> --cfg job` prints every key.")
+    try:
+        built = OmegaConf.to_object(config)
+    except MissingMandatoryValue as error:
+        key = str(error).split(":")[-1].strip()
+        raise UserError(f"{key!r} has no value: give it on the command line, {key}=... .") from None
+    assert isinstance(built, RunConfig)
+    return built
+
+
+def _given(section: Any, prefix: str = "") -> Iterator[str]:
+    for name, value in section.items():
+        yield f"{prefix}{name}"
+        if isinstance(value, dict):
+            yield from _given(value, f"{prefix}{name}.")
+
+
+def configs_folder() -> Path:
+    """The folder of YAML presets: the checkout's `configs/`, or the copy inside an installed wheel."""
+    package = Path(__file__).resolve().parent
+    checkout = package.parent / "configs"
+    return checkout if (checkout / "run.yaml").is_file() else package / "_data" / "configs"
