@@ -1,0 +1,94 @@
+"""Editing activations at TransformerLens hook points: installed by a context, always removed, never in place.
+
+An edit gets the activations `[batch pos d]` (heads flattened) and the current `Step`, and returns the new ones.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor
+
+from sae.errors import UserError
+
+if TYPE_CHECKING:
+    from sae.lm.model import LanguageModel
+
+
+class Step(NamedTuple):
+    """What the tokens of the running forward are. `pos` counts the tokens in this forward only: 1 in cached steps."""
+
+    offset: int  #: column of the first of these tokens in the padded row
+    mask: Bool[Tensor, "batch pos"]  #: True = a real token
+    roles: UInt8[Tensor, "batch pos"]
+    positions: Int[Tensor, "batch pos"]  #: index within the unpadded row
+
+
+Edit = Callable[[Float[Tensor, "batch pos d"], Step | None], Float[Tensor, "batch pos d"]]
+
+
+def install(hook_point: Any, fn: Callable[..., Any]) -> Callable[[], None]:
+    """Add a forward hook to a hook point; return what removes exactly this hook and no other."""
+    hook_point.add_hook(fn)
+    handle = hook_point.fwd_hooks[-1]
+
+    def remove() -> None:
+        handle.hook.remove()
+        # By identity: handles compare by value, and equal ones may belong to someone else.
+        hook_point.fwd_hooks[:] = [other for other in hook_point.fwd_hooks if other is not handle]
+
+    return remove
+
+
+@contextlib.contextmanager
+def edit(lm: "LanguageModel", edits: Mapping[str, Edit]) -> Iterator[None]:
+    """Apply edits in every forward of the model inside the block, generation included.
+
+    Edits nest; at one hook point, the outer context's edit runs first. The step is None when the model is run
+    through its bridge directly rather than through `logits`, `activations` or `generate`.
+
+    Args:
+        lm: the model.
+        edits: hook name to `edit(acts [batch pos d], step) -> acts [batch pos d]`.
+
+    Raises:
+        UserError: an unknown hook name, or `hook_resid_mid`, where an edit would not reach the residual stream.
+    """
+    points = {}
+    for name in edits:
+        lm.check_hook(name)
+        if name.endswith("hook_resid_mid"):
+            raise UserError(
+                f"{name!r} cannot be edited, since TransformerLens reads it at the MLP's input and the skip path "
+                f"would keep the old value: edit {name.replace('resid_mid', 'attn_out')!r} instead."
+            )
+        points[name] = lm.hook_point(name)
+    with contextlib.ExitStack() as stack:
+        for name, fn in edits.items():
+            stack.callback(install(points[name], _wrap(lm, name, fn)))
+        yield
+
+
+def _wrap(lm: "LanguageModel", name: str, fn: Edit) -> Callable[..., Tensor | None]:
+    """Turn an edit into a TransformerLens hook: flatten heads, check that it keeps its contract, restore the shape."""
+
+    def hook(acts: Tensor, *, hook: Any) -> Tensor | None:
+        if lm.probing:  # shapes are being looked up; nobody's result depends on this forward
+            return None
+        flat = acts.flatten(2)
+        version = None if flat.is_inference() else flat._version
+        edited = fn(flat, lm.step)
+        if version is not None and flat._version != version:
+            raise ValueError(f"the edit at {name!r} changes activations in place: return a new tensor.")
+        if edited.shape != flat.shape:
+            raise ValueError(f"the edit at {name!r} returns shape {list(edited.shape)}, not {list(flat.shape)}.")
+        return edited.to(acts.dtype).view(acts.shape)
+
+    return hook
+
+
+def n_hooks(lm: "LanguageModel") -> int:
+    """Number of hooks installed at all hook points of the model (a check that contexts clean up)."""
+    points = {id(point): point for point in lm.bridge.hook_dict.values()}
+    return sum(len(point.fwd_hooks) + len(point.bwd_hooks) for point in points.values())

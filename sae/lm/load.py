@@ -1,0 +1,250 @@
+"""Load a language model by name or path into TransformerLens.
+
+`load_lm("organism")` is the model shipped with the package; any local checkpoint folder or Hugging Face name works.
+Everything that can be checked is checked before the model is built, so that a bad folder gives one clear sentence.
+"""
+
+import contextlib
+import io
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sae.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    import torch
+
+    from sae.lm.model import LanguageModel
+
+DTYPES = ["auto", "float32", "bfloat16", "float16"]
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
+
+
+def resolve_model(name_or_path: str) -> str:
+    """Turn "organism" into the folder of the shipped model; return anything else unchanged.
+
+    In a source checkout the folder is `checkpoints/organism` beside the package, in an installed wheel a copy inside.
+    """
+    if name_or_path != "organism":
+        return str(Path(name_or_path).expanduser()) if name_or_path.startswith("~") else name_or_path
+    package = Path(__file__).resolve().parent.parent
+    for folder in (package.parent / "checkpoints" / "organism", package / "_data" / "checkpoints" / "organism"):
+        if (folder / "config.json").is_file():
+            return str(folder)
+    raise UserError("the shipped model 'organism' is not in this installation: run `sae organism`, or reinstall.")
+
+
+def load_lm(
+    name_or_path: str, *, device: str = "auto", dtype: str = "float32", chat_template: str | None = None
+) -> "LanguageModel":
+    """Load a causal language model with its tokenizer, ready for hooks.
+
+    Args:
+        name_or_path: "organism", a local checkpoint folder (config.json, tokenizer, safetensors), or a name on the
+            Hugging Face Hub.
+        device: "auto" (CUDA if there is one, else the CPU), or a torch device such as "cpu" or "cuda:1".
+        dtype: "float32", "bfloat16", "float16", or "auto" for what the checkpoint was saved in.
+        chat_template: a Jinja chat template, or a file that holds one, in place of the tokenizer's own.
+
+    Raises:
+        UserError: unknown model, device or dtype; an incomplete, damaged or unsupported checkpoint.
+    """
+    torch_device = _device(device)
+    if dtype not in DTYPES:
+        raise unknown("dtype", dtype, DTYPES)
+    source = resolve_model(name_or_path)
+    folder = Path(source) if Path(source).is_dir() else None
+    if folder is not None:
+        _check_folder(folder)
+    elif source.startswith(("/", "./", "../")) or source.count("/") > 1 or Path(source).exists():
+        raise UserError(f"no model folder {source!r}: check the path; it must be a folder with config.json.")
+
+    from sae.lm.model import LanguageModel
+
+    with _quiet() as messages:
+        config = _load_config(source)
+        torch_dtype = _dtype(dtype, config)
+        tokenizer = _load_tokenizer(source)
+        bridge = _boot(source, torch_device, torch_dtype)
+    missing = [message for message in messages if "MISSING" in message or "newly initialized" in message]
+    if missing:
+        raise UserError(
+            f"the weights of {name_or_path!r} do not fill the model of its config.json: "
+            "fetch or save the checkpoint again."
+        )
+    if chat_template is not None:
+        tokenizer.chat_template = _read_template(chat_template)
+    lm = LanguageModel(
+        bridge, tokenizer, name=name_or_path, device=torch_device, dtype=torch_dtype, config=config, folder=folder
+    )
+    lm.fast  # noqa: B018 - compares two tiny forwards, which must happen before anything is hooked
+    return lm
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise unknown("device", name, ["auto", "cpu", "cuda", "cuda:0", "mps"]) from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"device {name!r} is not there ({torch.cuda.device_count()} CUDA devices found): use 'cpu' or 'auto'."
+        )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device 'mps' is not there: use device='cpu' or 'auto'.")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise unknown("device", name, ["auto", "cpu", "cuda", "mps"])
+    return name
+
+
+def _dtype(name: str, config: Any) -> "torch.dtype":
+    import torch
+
+    if name != "auto":
+        return getattr(torch, name)
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    saved = getattr(text_config, "dtype", None) or getattr(config, "dtype", None)
+    if isinstance(saved, str):
+        saved = getattr(torch, saved, None)
+    return saved if isinstance(saved, torch.dtype) else torch.float32
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint folder, in name order."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+    return sorted(folder.glob("*.safetensors"))
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder that cannot be loaded, in one sentence that says what is wrong with it."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        files = weight_files(folder)
+    except FileNotFoundError:
+        raise UserError(f"{str(folder)!r} has no config.json: give the folder of a saved Hugging Face model.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, OSError) as error:
+        raise UserError(f"{str(folder)!r} has an unreadable config or index ({error}): save the model again.") from None
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise UserError(f"config.json in {str(folder)!r} names no model_type: save the model again.")
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise UserError(f"{str(folder)!r} has no tokenizer files: save the tokenizer there with save_pretrained.")
+    if not files:
+        raise UserError(f"{str(folder)!r} has no safetensors weights: save the model there with save_pretrained.")
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"weights {str(file)!r} are missing: fetch the checkpoint again.")
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"weights {str(file)!r} are truncated or damaged ({error}): fetch or save them again."
+            ) from None
+
+
+def _load_config(source: str) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if Path(source).is_dir() or "model type" in reason or "trust_remote_code" in str(error):
+            raise UserError(f"model {source!r} is of an unsupported architecture ({reason}).") from None
+        raise UserError(
+            f"unknown model {source!r}: it is no local folder and could not be fetched from the Hugging Face Hub; "
+            "check the spelling and the network, log in for gated models, or give a local folder."
+        ) from None
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(f"model {source!r} is an encoder-decoder ({config.model_type}): use a causal language model.")
+    return config
+
+
+def _load_tokenizer(source: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        # Our own copy: the bridge rewrites special tokens, after which a missing BOS looks like a present one.
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises bare Exception on a bad file
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"the tokenizer of {source!r} cannot be loaded ({reason}): save it there with save_pretrained."
+        ) from None
+
+
+def _boot(source: str, device: str, dtype: "torch.dtype") -> Any:
+    """Build the TransformerLens bridge; inference mode for layers such as dropout."""
+    import torch
+    from transformer_lens.model_bridge import TransformerBridge
+
+    try:
+        bridge = TransformerBridge.boot_transformers(source, device=device, dtype=dtype)
+    except torch.OutOfMemoryError:
+        raise UserError(f"model {source!r} does not fit on {device!r} as {dtype}: use dtype='bfloat16'.") from None
+    except (ValueError, KeyError, AttributeError, NotImplementedError, RuntimeError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        if "supported architecture" in reason:
+            raise UserError(
+                f"model {source!r} is of an architecture that TransformerLens does not support: "
+                "use a causal model such as GPT-2, Llama, Mistral, Gemma or Qwen."
+            ) from None
+        raise UserError(
+            f"model {source!r} cannot be loaded ({reason}): check that its config and weights belong together."
+        ) from error
+    bridge.eval()
+    bridge.original_model.eval()
+    return bridge
+
+
+def _read_template(template: str) -> str:
+    if "{" in template or "\n" in template:
+        return template
+    try:
+        return Path(template).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise UserError(f"chat_template={template!r} is neither a Jinja template nor a readable file.") from None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[list[str]]:
+    """Silence prints, progress bars, warnings and logs of the libraries; yield the log messages as they come."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    messages: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            messages.append(record.getMessage())
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        from transformers.utils import logging as transformers_logging
+
+        bar_shown = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.disable_progress_bar()
+        if bar_shown:
+            stack.callback(transformers_logging.enable_progress_bar)
+        root, library = logging.getLogger(), logging.getLogger("transformers")
+        for logger, level in ((root, logging.ERROR), (library, logging.WARNING)):
+            stack.callback(logger.setLevel, logger.level)
+            logger.setLevel(level)
+        handlers, library.handlers = library.handlers, [Keep()]
+        stack.callback(setattr, library, "handlers", handlers)
+        stack.callback(setattr, library, "propagate", library.propagate)
+        library.propagate = False
+        yield messages
