@@ -77,7 +77,10 @@ def _run_hydra(stage: str, overrides: list[str]) -> None:
             _fail(str(error), 2)  # here, since Hydra announces exceptions that leave a job in its own words
 
     entry = hydra.main(version_base=None, config_path=str(config.configs_folder()), config_name=stage)(job)
-    saved, sys.argv = sys.argv, [f"sae {stage}", *overrides]
+    # Hydra takes flags before or after all overrides, but not among them; people write them anywhere.
+    keys = [item for item in overrides if "=" in item and not item.startswith("-")]
+    flags = [item for item in overrides if item not in keys]
+    saved, sys.argv = sys.argv, [f"sae {stage}", *flags, *keys]
     try:
         entry()
     except (HydraException, OmegaConfBaseException) as error:

@@ -21,7 +21,7 @@ ALLOWED = {
     "steering": BASE | {"lm", "autoencoder"},
     "train": BASE | {"autoencoder"},
     "evals": BASE | {"lm", "autoencoder"},
-    "behavior": BASE | {"lm", "autoencoder", "steering"},
+    "behavior": BASE | {"lm", "autoencoder", "organism", "steering"},
     "report": BASE,
     "stages": BASE
     | {
