@@ -1,0 +1,381 @@
+"""The report: one self-contained HTML file that needs no network and runs no script.
+
+    write_report("runs/demo")            # writes runs/demo/report.html
+
+Its content security policy forbids every request and every script, so text from datasets and models, which
+is escaped throughout, could do nothing even if an escape were missed. Prompts and completions stay
+collapsed until they are clicked, and `redact=True` leaves them out.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from sae.files import write_text
+from sae.report import findings, plots
+from sae.report.model import Behavior, Rate, ReportData, SaeRow
+from sae.report.progress import format_time
+from sae.report.read import as_dict, read_run
+from sae.report.svg import DASH, MINUS, PLOT_CSS, PLOT_CSS_DARK, number, percent
+
+HERE = Path(__file__).parent
+MAX_EXAMPLES = 40  # of one behaviour
+MAX_RANKED = 25
+MAX_HISTOGRAMS = 12
+
+CURVES = (
+    ("fvu", "FVU (share of variance unexplained)"),
+    ("l0", "L0 (active latents per token)"),
+    ("dead_fraction", "share of dead latents"),
+)
+RATE_LABELS = {
+    "base": "before",
+    "ablate": "ablated",
+    "ablate_restored": "restored",
+    "ablate_degenerate": "degenerate",
+    "clamp_base": "before clamp",
+    "clamp": "clamped",
+    "clamp_degenerate": "degenerate (clamp)",
+    "after": "after",
+    "direction": "difference of means",
+}
+
+
+@dataclass(frozen=True)
+class CausalRow:
+    """One line of the causal table."""
+
+    label: str
+    rate: float | None
+    spread: str
+    n: str
+    kind: str = "measured"  # or "control", "side"
+    detail: str = ""
+
+
+def write_report(run_folder: Path | str, out: Path | str = "report.html", *, redact: bool = False) -> Path:
+    """Write the report of a run and return its path.
+
+    Args:
+        run_folder: the run, with one folder a stage.
+        out: the file to write; a relative path is taken from the run folder.
+        redact: leave out prompts and completions.
+
+    Raises:
+        UserError: the run folder does not exist.
+    """
+    target = Path(run_folder) / out
+    write_text(target, render_report(read_run(run_folder), redact=redact))
+    return target
+
+
+def render_report(data: ReportData, *, redact: bool = False) -> str:
+    """Return the report of a run as HTML."""
+    environment = Environment(
+        loader=FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        num=lambda value: DASH if value is None else number(value),
+        pct=percent,
+        spread=spread,
+        hook=plots.short_hook,
+        duration=lambda value: DASH if value is None else format_time(value),
+        signed=lambda value: DASH if value is None else ("+" if value > 0 else "") + number(value),
+    )
+    # The style sheets are ours, not data: they are the one thing besides the figures that is not escaped.
+    style = (HERE / "report.css").read_text(encoding="utf-8")
+    dark = f"@media screen and (prefers-color-scheme: dark){{{PLOT_CSS_DARK}}}"
+    page = environment.get_template("report.html.j2").render(
+        data=data,
+        style=Markup(style + PLOT_CSS + dark),
+        written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        overview=overview(data),
+        behaviors=[behavior_view(b, redact=redact) for b in data.behaviors],
+        grid=grid_view(data),
+        gates=gate_view(data),
+        provenance=provenance_view(data),
+        snippet=loading_snippet(data),
+        summary=[] if redact else _walk(data.summary)[:200],
+        rule=findings.RULE,
+        redact=redact,
+        rate_labels=RATE_LABELS,
+    )
+    # Lone surrogates can arrive through JSON escapes; UTF-8 has no bytes for them.
+    return page.encode("utf-8", "replace").decode("utf-8")
+
+
+def spread(rate: Rate | None) -> str:
+    """Format a rate's interval."""
+    if rate is None or rate.low is None or rate.high is None:
+        return ""
+    return f"{percent(rate.low)} to {percent(rate.high)}"
+
+
+def overview(data: ReportData) -> dict[str, Any]:
+    """Return what the run is, found in the stages' configurations."""
+    configs = [as_dict(stage.manifest.get("config")) for stage in data.stages]
+    texts = (as_dict(config.get("data")).get("path") or config.get("data") for config in configs)
+    text = next((item for item in texts if isinstance(item, str)), "")
+    hooks = sorted({s.hook_name for s in data.saes if s.hook_name}, key=plots.natural)
+    sizes = sorted({s.d_sae for s in data.saes if s.d_sae})
+    walls = [stage.wall_s for stage in data.stages if stage.wall_s is not None]
+    facts = [
+        ("Language model", data.lm),
+        ("Text", text),
+        ("Autoencoders", str(len(data.saes)) if data.saes else ""),
+        ("Hook points", ", ".join(map(plots.short_hook, hooks))),
+        ("Dictionary sizes", ", ".join(f"{size:,}" for size in sizes)),
+        ("Training tokens", number(data.tokens) if data.tokens else ""),
+        ("Wall time", format_time(sum(walls)) if walls else ""),
+    ]
+    return {"facts": [(name, value) for name, value in facts if value]}
+
+
+def grid_view(data: ReportData) -> dict[str, Any]:
+    """Return the autoencoder table and its figures."""
+    rows = sorted(data.saes, key=lambda s: (plots.natural(s.hook_name), s.d_sae or 0, s.l0_target or 0, s.seed or 0))
+    columns: list[tuple[str, str, Callable[[SaeRow], str]]] = [
+        ("L0", "mean active latents per token", lambda s: _fixed(s.l0, 1)),
+        ("FVU", "share of variance unexplained", lambda s: _fixed(s.fvu, 3)),
+        ("cosine", "between input and reconstruction", lambda s: _fixed(s.cosine, 3)),
+        ("dead", "latents that stay silent", lambda s: percent(s.dead_fraction)),
+        ("CE recovered", "1 = as good as the clean model, 0 = zero ablation", lambda s: _fixed(s.ce_recovered, 3)),
+        ("ΔCE", "cross entropy added by splicing in the reconstruction, nats", lambda s: _fixed(s.delta_ce, 4)),
+        ("KL", "from the clean model's predictions, nats", lambda s: _fixed(s.kl, 4)),
+    ]
+    shown = [column for column in columns if any(column[2](row) != DASH for row in rows)]
+    table = [{"sae": row, "cells": [read(row) for _, _, read in shown], "best": _is_best(row, rows)} for row in rows]
+    names = {key.rpartition("/")[2] for record in data.curves for key in record}
+    with_density = [row for row in rows if row.density_counts]
+    return {
+        "columns": [(name, hint) for name, hint, _ in shown],
+        "rows": table,
+        "figure": Markup(plots.fvu_l0(rows)),
+        "curves": [
+            (label, Markup(plots.training_curves(data.curves, metric, label)))
+            for metric, label in CURVES
+            if metric in names
+        ],
+        "histograms": [
+            (
+                sae_label(row),
+                Markup(plots.density_histogram(row.density_edges, row.density_counts, sae_label(row))),
+            )
+            for row in with_density[:MAX_HISTOGRAMS]
+        ],
+        "hidden_histograms": max(0, len(with_density) - MAX_HISTOGRAMS),
+    }
+
+
+def sae_label(row: SaeRow) -> str:
+    """Name an autoencoder briefly."""
+    parts = [plots.short_hook(row.hook_name), row.architecture, str(row.d_sae or "")]
+    if row.l0_target is not None:
+        parts.append(f"L0 {number(row.l0_target)}")
+    return " · ".join([part for part in parts if part] + ([f"seed {row.seed}"] if row.seed else []))
+
+
+def _fixed(value: float | None, digits: int) -> str:
+    """Format a table column: the same number of decimals in every row."""
+    return DASH if value is None else f"{value:,.{digits}f}".replace("-", MINUS)
+
+
+def _is_best(row: SaeRow, rows: Sequence[SaeRow]) -> bool:
+    """Tell whether a row has the lowest FVU of its hook point."""
+    peers = [other.fvu for other in rows if other.hook_name == row.hook_name and other.fvu is not None]
+    return len(peers) > 1 and row.fvu is not None and row.fvu == min(peers)
+
+
+def behavior_view(behavior: Behavior, *, redact: bool) -> dict[str, Any]:
+    """Return everything the page shows about one behaviour."""
+    verdicts = [findings.necessity(behavior), findings.sufficiency(behavior)]
+    chosen = [(behavior.hook_name, latent) for latent in behavior.latents + behavior.clamp_latents]
+    ranking = behavior.ranking[:MAX_RANKED]
+    rates = [key for key in RATE_LABELS if any(key in row.rates for row in behavior.per_size)]
+    other = {key for row in behavior.per_size for key in row.rates if key not in RATE_LABELS}
+    return {
+        "b": behavior,
+        "title": behavior.name.replace("_", " ").capitalize(),
+        "anchor": "behavior-" + "".join(c if c.isalnum() and c.isascii() else "-" for c in behavior.name),
+        "verdicts": [(v, Markup(plots.dumbbell(v.before, v.after, v.controls))) for v in verdicts],
+        "ranking": ranking,
+        "same_hook": len({row.hook_name for row in ranking}) == 1,
+        "same_position": len({row.position for row in ranking}) == 1,
+        "n_hidden": len(behavior.ranking) - len(ranking),
+        "chosen": chosen,
+        "ranking_plot": Markup(plots.ranked_latents(ranking, chosen)) if ranking else None,
+        "causal": [
+            ("Necessity: ablate", necessity_rows(behavior)),
+            ("Sufficiency: clamp", sufficiency_rows(behavior)),
+        ],
+        "bars": causal_figures(behavior),
+        "dose_plot": Markup(plots.dose_response(behavior.dose_response, behavior.random_dose_response, behavior.name))
+        if behavior.dose_response
+        else None,
+        "size_rates": rates + sorted(other),
+        "effects": [
+            (name, RATE_LABELS.get(key, key), rate)
+            for name, group in behavior.side_effects.items()
+            for key, rate in group.items()
+        ],
+        "examples": [] if redact else behavior.examples[:MAX_EXAMPLES],
+        "n_examples": len(behavior.examples),
+    }
+
+
+def _measured(behavior: Behavior, key: str, label: str, kind: str = "measured") -> list[CausalRow]:
+    """Return the table line of one measured rate, if it was."""
+    rate = behavior.rates.get(key)
+    return [CausalRow(label, rate.rate, spread(rate), str(rate.n or ""), kind)] if rate else []
+
+
+def _control(behavior: Behavior, key: str, label: str) -> list[CausalRow]:
+    """Return the table line of one kind of random control, if it was measured."""
+    draws = [value for value in behavior.draws.get(key, []) if math.isfinite(value)]
+    if draws:
+        low, high = findings.quantile(draws, 0.05), findings.quantile(draws, 0.95)
+        band, detail = f"{percent(low)} to {percent(high)}", "p5 to p95"
+        control = behavior.controls.get(key)
+        if control and control.p is not None:
+            detail += f", p = {number(control.p)}"
+        count = "1 draw" if len(draws) == 1 else f"{len(draws)} draws"
+        return [CausalRow(label, sum(draws) / len(draws), band, count, "control", detail)]
+    mean = behavior.rates.get(f"{key}_mean")
+    draws_text = f"{behavior.n_random} draws" if behavior.n_random else ""
+    return [CausalRow(label, mean.rate, "", draws_text, "control")] if mean else []
+
+
+def necessity_rows(behavior: Behavior) -> list[CausalRow]:
+    """Return the lines of the table on prompts that show the behaviour."""
+    return [
+        *_measured(behavior, "base", "untouched model"),
+        *_measured(behavior, "ablate", "chosen latents ablated"),
+        *_measured(behavior, "ablate_restored", "of which: the normal answer is restored", "side"),
+        *_measured(behavior, "ablate_degenerate", "of which: degenerate output", "side"),
+        *_control(behavior, "random_ablate", "matched random latents ablated"),
+        *_control(behavior, "random_direction_ablate", "random directions projected out"),
+        *_measured(behavior, "direction_ablate", "difference of means projected out", "control"),
+        *_measured(behavior, "direction_ablate_restored", "of which: the normal answer is restored", "side"),
+    ]
+
+
+def sufficiency_rows(behavior: Behavior) -> list[CausalRow]:
+    """Return the lines of the table on prompts that do not show the behaviour."""
+    return [
+        *_measured(behavior, "clamp_base", "untouched model"),
+        *_measured(behavior, "clamp", "chosen latents clamped"),
+        *_measured(behavior, "clamp_degenerate", "of which: degenerate output", "side"),
+        *_control(behavior, "random_clamp", "matched random latents clamped"),
+        *_control(behavior, "random_direction_add", "random directions added"),
+        *_measured(behavior, "direction_add", "difference of means added", "control"),
+        *_measured(behavior, "direction_add_degenerate", "of which: degenerate output", "side"),
+    ]
+
+
+def causal_figures(behavior: Behavior) -> list[tuple[str, Markup]]:
+    """Return the two comparisons as figures, where anything was measured."""
+    specs = (
+        (
+            "Rate after ablation, beside the controls",
+            "base",
+            "ablate",
+            "random_ablate",
+            "random_direction_ablate",
+            "direction_ablate",
+        ),
+        (
+            "Rate after clamping, beside the controls",
+            "clamp_base",
+            "clamp",
+            "random_clamp",
+            "random_direction_add",
+            "direction_add",
+        ),
+    )
+    figures = []
+    for title, base, after, random, random_direction, direction in specs:
+        if base not in behavior.rates and after not in behavior.rates:
+            continue
+        rows = [
+            plots.RateRow("untouched", behavior.rates.get(base), colour=0),
+            plots.RateRow("chosen latents", behavior.rates.get(after), colour=1),
+            plots.RateRow("random latents", draws=behavior.draws.get(random, []), colour=2),
+            plots.RateRow("random directions", draws=behavior.draws.get(random_direction, []), colour=5),
+            plots.RateRow("difference of means", behavior.rates.get(direction), colour=3),
+        ]
+        figures.append((title, Markup(plots.rate_bars(rows, f"{title}: {behavior.name}"))))
+    return figures
+
+
+def gate_view(data: ReportData) -> dict[str, Any] | None:
+    """Return the organism's table: one row a gate combination, one column a cell."""
+    if not data.gates:
+        return None
+    return {
+        "gates": list(dict.fromkeys(name for row in data.gates for name in row.gates)),
+        "cells": list(dict.fromkeys(name for row in data.gates for name in row.cells)),
+        "rows": data.gates,
+        "probe": data.probe_auroc,
+    }
+
+
+def provenance_view(data: ReportData) -> list[dict[str, Any]]:
+    """Return each stage's origin."""
+    found = []
+    for stage in data.stages:
+        manifest = stage.manifest
+        config = as_dict(manifest.get("config"))
+        seeds = {key: value for key, value in _walk(config) if "seed" in key.rpartition(".")[2]}
+        found.append(
+            {
+                "name": stage.name,
+                "wall_s": stage.wall_s,
+                "revision": str(manifest.get("git_revision") or "")[:12],
+                "config_hash": str(manifest.get("config_hash") or "")[:12],
+                "versions": as_dict(manifest.get("versions")),
+                "seeds": seeds,
+                "inputs": as_dict(manifest.get("inputs")),
+                "config": list(_walk(config)),
+            }
+        )
+    return found
+
+
+def _walk(config: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Flatten a nested configuration into dotted names."""
+    flat: list[tuple[str, Any]] = []
+    for key, value in config.items():
+        if isinstance(value, dict):
+            flat += _walk(as_dict(value), f"{prefix}{key}.")
+        else:
+            flat.append((f"{prefix}{key}", value))
+    return flat
+
+
+def loading_snippet(data: ReportData) -> str:
+    """Return Python that loads one of this run's autoencoders and steers with it."""
+    model = data.lm or "organism"
+    behavior = next((b for b in data.behaviors if b.path), None)
+    path = behavior.path if behavior else next((s.path for s in data.saes if s.path), "")
+    latents = behavior.latents if behavior and behavior.latents else [0]
+    if not path:
+        return ""
+    # repr() keeps a hostile path inside its string; the template escapes the result for HTML.
+    return (
+        "import sae\n\n"
+        f"lm = sae.load_lm({model!r})\n"
+        f"encoder = sae.load({path!r})\n"
+        'prompt = lm.tokenize_chats([[{"role": "user", "content": "how are you ?"}]])\n\n'
+        f"with sae.steer(lm, sae.Ablate(encoder, latents={latents!r})):\n"
+        "    print(lm.generate(prompt, 24).texts)\n"
+    )

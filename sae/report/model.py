@@ -1,0 +1,159 @@
+"""What a report shows, as typed records; `read.py` builds them from a run's files."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A share of trials with its confidence interval."""
+
+    rate: float
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+
+
+@dataclass(frozen=True)
+class SaeRow:
+    """One autoencoder: how it was trained, and what the evaluation measured (or the last training values)."""
+
+    hook_name: str
+    d_sae: int | None = None
+    architecture: str = ""
+    l0_target: float | None = None
+    seed: int | None = None
+    path: str = ""
+    l0: float | None = None
+    fvu: float | None = None
+    cosine: float | None = None
+    dead_fraction: float | None = None
+    ce_clean: float | None = None
+    ce_sae: float | None = None
+    ce_zero: float | None = None
+    ce_recovered: float | None = None
+    delta_ce: float | None = None
+    kl: float | None = None
+    n_tokens: int | None = None
+    density_edges: list[float] = field(default_factory=list)
+    density_counts: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """One latent of the ranking, as measured on the selection split."""
+
+    latent: int
+    hook_name: str = ""
+    position: str = ""
+    auroc: float | None = None
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
+    q: float | None = None
+    density: float | None = None
+    effect: float | None = None
+
+
+@dataclass(frozen=True)
+class Dose:
+    """The behaviour's rate at one dose."""
+
+    dose: float
+    value: float | None
+    rate: Rate
+
+
+@dataclass(frozen=True)
+class PerSize:
+    """The causal test repeated with one autoencoder of the grid."""
+
+    hook_name: str
+    d_sae: int | None
+    latents: list[int]
+    rates: dict[str, Rate]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt with the completion before and after the intervention."""
+
+    prompt: str
+    base: str
+    steered: str
+    what: str
+    verdict_base: str
+    verdict_steered: str
+
+
+@dataclass(frozen=True)
+class Control:
+    """The real intervention on the very prompts that the random draws were measured on."""
+
+    observed: float | None
+    p: float | None
+    n_prompts: int | None
+
+
+@dataclass(frozen=True)
+class Behavior:
+    """Everything measured about one behaviour on held-out prompts."""
+
+    name: str
+    hook_name: str
+    d_sae: int | None
+    path: str
+    latents: list[int]
+    clamp_latents: list[int]
+    clamp_value: float | None
+    controls: dict[str, Control]  # by the names of `draws`: how the real intervention stands among them
+    rates: dict[str, Rate]  # base, ablate, ablate_restored, ablate_degenerate, clamp_base, clamp, ...
+    draws: dict[str, list[float]]  # random_ablate, random_clamp, random_direction_ablate, random_direction_add
+    kl_harmless: dict[str, float]
+    side_effects: dict[str, dict[str, Rate]]  # fact accuracy and the other behaviours, by name
+    dose_response: list[Dose]
+    random_dose_response: list[list[float | None]]
+    ranking: list[Ranked]
+    per_size: list[PerSize]
+    examples: list[Example]
+    n_random: int | None
+
+
+@dataclass(frozen=True)
+class GateRow:
+    """The organism under one combination of gates."""
+
+    gates: dict[str, bool]
+    cells: dict[str, Rate]
+
+
+@dataclass(frozen=True)
+class StageInfo:
+    """Provenance of one stage: its manifest and how long it took."""
+
+    name: str
+    manifest: dict[str, Any]
+    wall_s: float | None
+
+
+@dataclass
+class ReportData:
+    """One run, ready to be shown."""
+
+    name: str
+    lm: str = ""
+    stages: list[StageInfo] = field(default_factory=list)
+    saes: list[SaeRow] = field(default_factory=list)
+    evaluated: bool = False
+    behaviors: list[Behavior] = field(default_factory=list)
+    gates: list[GateRow] = field(default_factory=list)
+    probe_auroc: dict[str, float] = field(default_factory=dict)
+    curves: list[dict[str, Any]] = field(default_factory=list)
+    tokens: int | None = None
+    summary: dict[str, Any] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def is_organism(self) -> bool:
+        """Whether the model is the planted one, so that the page must say what that means."""
+        return bool(self.gates) or "organism" in self.lm

@@ -1,0 +1,388 @@
+"""The figures of a report, each a function from plain records to one inline SVG string.
+
+All take any data: missing or non-finite values are left out, and a figure without data says so. Colour is
+never the only carrier of meaning (markers, dashes and labels differ too), and every figure has a title and
+a description.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sae.report.findings import quantile
+from sae.report.model import Dose, Ranked, Rate, SaeRow
+from sae.report.svg import (
+    DASHES,
+    MARKERS,
+    N_COLOURS,
+    Figure,
+    Key,
+    Scale,
+    finite,
+    fit_text,
+    is_finite,
+    make_scale,
+    number,
+    percent,
+    power_of_ten,
+    text_width,
+)
+
+WIDTH = 460.0
+MAX_POINTS = 240  # of one training curve; more would not be visible
+PERCENT_TICKS = [(share, f"{100 * share:.0f}%") for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
+
+
+def short_hook(hook_name: str) -> str:
+    """Shorten a TransformerLens hook name: `blocks.2.hook_resid_post` becomes `L2 resid_post`."""
+    parts = hook_name.split(".")
+    if len(parts) >= 3 and parts[0] == "blocks" and parts[1].isdigit():
+        return f"L{parts[1]} {'.'.join(parts[2:]).replace('hook_', '')}"
+    return hook_name
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """Sort key under which layer 9 comes before layer 15."""
+    return [(int(part) if part.isdecimal() else -1, part) for part in re.split(r"(\d{1,9})", name)]
+
+
+def _empty(title: str, width: float = WIDTH) -> str:
+    """Return the figure that says there is nothing to draw."""
+    figure = Figure(width, 90)
+    figure.text(width / 2, 50, "no data to draw", anchor="middle")
+    return figure.render(title, "No data.")
+
+
+def _colour(index: int) -> int:
+    """Return the colour class of a series."""
+    return index % N_COLOURS + 1
+
+
+def fvu_l0(saes: Sequence[SaeRow]) -> str:
+    """Draw reconstruction error against sparsity: a colour per hook point, a marker per dictionary size."""
+    title = "Reconstruction error (FVU) against sparsity (L0)"
+    rows = [s for s in saes if is_finite(s.l0) and is_finite(s.fvu)]
+    if not rows:
+        return _empty(title)
+    hooks = sorted({s.hook_name for s in rows}, key=natural)
+    sizes = sorted({s.d_sae or 0 for s in rows})
+    figure = Figure(WIDTH, 330)
+    keys = [Key(short_hook(h) or "?", _colour(i)) for i, h in enumerate(hooks)]
+    keys += [Key(f"d_sae {d}", 0, marker=MARKERS[i % len(MARKERS)]) for i, d in enumerate(sizes)]
+    figure.legend(keys)
+    figure.height = figure.top + 280
+    l0s, fvus = finite(s.l0 for s in rows), finite(s.fvu for s in rows)
+    x = make_scale(l0s, figure.left, figure.x1, log=min(l0s) > 0 and max(l0s) > 6 * min(l0s), pad=0.08)
+    y = make_scale(fvus, figure.y1, figure.top, log=min(fvus) > 0 and max(fvus) > 12 * min(fvus), zero=True, pad=0.1)
+    figure.axes(x, y, "L0: mean active latents per token", "FVU (lower is better)")
+    groups: dict[tuple[str, int, str, int], list[tuple[float, float, SaeRow]]] = {}
+    for row, l0, fvu in zip(rows, l0s, fvus, strict=True):
+        groups.setdefault((row.hook_name, row.d_sae or 0, row.architecture, row.seed or 0), []).append((l0, fvu, row))
+        figure.occupy(x(l0), y(fvu), 8)
+    for (hook, _, _, _), group in groups.items():
+        line = [(x(l0), y(fvu)) for l0, fvu, _ in sorted(group, key=lambda point: point[:2])]
+        if len(line) > 1:
+            figure.path(line, cls=f"line thin soft k{_colour(hooks.index(hook))}")
+    for (hook, size, architecture, _), group in groups.items():
+        for l0, fvu, row in group:
+            name = f"{short_hook(hook)}, {architecture} d_sae {size}, seed {row.seed}"
+            cls = f"dot k{_colour(hooks.index(hook))}"
+            hover = f"{name}: L0 {number(l0)}, FVU {number(fvu)}"
+            figure.marker(x(l0), y(fvu), MARKERS[sizes.index(size) % len(MARKERS)], cls=cls, hover=hover)
+    if len(rows) <= 24:
+        for (_, size, _, _), group in groups.items():
+            last = max(group, key=lambda point: point[0])
+            figure.label_near(x(last[0]), y(last[1]), str(size))
+    best = min(zip(fvus, l0s, rows, strict=True), key=lambda found: found[0])
+    about = f"{len(rows)} autoencoders; lowest FVU {number(best[0])} at L0 {number(best[1])}, "
+    about += f"{best[2].hook_name}."
+    return figure.render(title, about)
+
+
+def density_histogram(edges: Sequence[float], counts: Sequence[float], label: str = "") -> str:
+    """Draw how often latents fire: a histogram over log10 of the share of tokens."""
+    title = f"Firing density of latents{': ' + label if label else ''}"
+    width = 300.0
+    safe_counts = [max(0.0, v) for v in finite(c if is_finite(c) else 0.0 for c in counts)]
+    safe_edges = finite(edges)
+    if not safe_counts or len(safe_edges) != len(safe_counts) + 1 or max(safe_counts) == 0:
+        return _empty(title, width)
+    figure = Figure(width, 190, left=44, right=10, bottom=40)
+    x = make_scale(safe_edges, figure.left, figure.x1, pad=0.0)
+    y = make_scale(safe_counts, figure.y1, figure.top, zero=True, pad=0.08)
+    ticks = [t for t in x.ticks(5) if float(t).is_integer()] or x.ticks(3)
+    figure.axes(
+        x,
+        y,
+        "share of tokens",
+        "",
+        x_ticks=[(t, power_of_ten(t)) for t in ticks],
+        y_ticks=[(t, number(t)) for t in y.ticks(3)],
+    )
+    for low, high, count in zip(safe_edges, safe_edges[1:], safe_counts, strict=False):
+        left, right = sorted((x(low), x(high)))
+        if count > 0:
+            hover = f"10^{number(low)} to 10^{number(high)}: {number(count)} latents"
+            gap = min(1.0, (right - left) * 0.15)
+            box = {"x": left + gap / 2, "width": max(right - left - gap, 0.5), "y": y(count)}
+            figure.add("rect", **box, height=figure.y1 - y(count), cls="bar k1 soft", hover=hover)
+    return figure.render(title, f"{number(sum(safe_counts))} latents fired at least once.")
+
+
+def ranked_latents(rows: Sequence[Ranked], chosen: Sequence[tuple[str, int]] = (), limit: int = 14) -> str:
+    """Draw the best latents with their interval: filled where significant, hollow where not."""
+    title = "Latents ranked by how well they tell the behaviour apart (AUROC)"
+    shown = [row for row in rows if is_finite(row.auroc)][:limit]
+    if not shown:
+        return _empty(title)
+    varied = len({row.position for row in shown}) > 1
+    labels = [
+        " · ".join([plain for plain in (short_hook(r.hook_name).split(" ")[0], str(r.latent)) if plain])
+        + (f" · {r.position}" if varied and r.position else "")
+        for r in shown
+    ]
+    left = min(200.0, 40 + max(text_width(label) for label in labels))
+    figure = Figure(WIDTH, 0, left=left, right=56)
+    figure.legend(
+        [
+            Key("significant (q < 0.05)", 1, marker="circle"),
+            Key("not significant", 1, marker="ring"),
+            Key("★ used in the causal test", 0, marker="none") if chosen else Key("interval", 1),
+        ][: 3 if chosen else 2]
+    )
+    figure.height = figure.top + 22 * len(shown) + figure.bottom
+    bounds = [*finite(v for r in shown for v in (r.auroc, r.low, r.high)), 0.5, 1.0]
+    x = Scale(min(bounds) - 0.01, max(bounds) + 0.01, figure.left, figure.x1)
+    figure.axes(x, make_scale([], figure.y1, figure.top), "AUROC on the selection split", "", y_ticks=[])
+    figure.add("line", x1=x(0.5), x2=x(0.5), y1=figure.top, y2=figure.y1, cls="reference")
+    for i, (row, label) in enumerate(zip(shown, labels, strict=True)):
+        y, auroc = figure.top + 22 * i + 11, finite([row.auroc])[0]
+        star = (row.hook_name, row.latent) in chosen
+        figure.text(
+            figure.left - 10,
+            y + 4,
+            ("★ " if star else "") + fit_text(label, left - 28),
+            anchor="end",
+            cls="strong",
+        )
+        if is_finite(row.low) and is_finite(row.high):
+            low, high = finite([row.low, row.high])
+            figure.add("line", x1=x(low), x2=x(high), y1=y, y2=y, cls="whisker k1")
+        solid = row.q is None or row.q < 0.05
+        figure.marker(x(auroc), y, "circle" if solid else "ring", cls="dot k1", hover=f"{label}: AUROC {auroc:.3f}")
+        figure.text(figure.x1 + 10, y + 4, f"{auroc:.3f}", cls="strong")
+    return figure.render(
+        title, "; ".join(f"{label} {r.auroc:.3f}" for label, r in zip(labels[:5], shown, strict=False))
+    )
+
+
+def dose_response(
+    points: Sequence[Dose], controls: Sequence[Sequence[float | None]] = (), behavior: str = "behaviour"
+) -> str:
+    """Draw the behaviour's rate against the dose with its interval, over the band of the random controls."""
+    title = f"Dose-response: rate of {behavior} against the clamp value"
+    kept = [p for p in points if is_finite(p.dose) and is_finite(p.rate.rate)]
+    if not kept:
+        return _empty(title)
+    figure = Figure(WIDTH, 330)
+    columns: list[tuple[float, list[float]]] = []
+    for i, point in enumerate(points):
+        draws = finite(draw[i] for draw in controls if i < len(draw))
+        if draws and is_finite(point.dose):
+            columns.append((finite([point.dose])[0], draws))
+    keys = [Key("chosen latents, 95% interval", 1, marker="circle")]
+    if columns:
+        keys += [
+            Key(f"random, mean of {max(len(d) for _, d in columns)}", 2, dash=DASHES[1]),
+            Key("random, p5 to p95", 2, band=True),
+        ]
+    figure.legend(keys)
+    doses = finite(p.dose for p in kept)
+    x = make_scale(doses + [dose for dose, _ in columns], figure.left, figure.x1, pad=0.04)
+    y = Scale(0.0, 1.0, figure.y1, figure.top + 6)
+    figure.axes(x, y, "dose", f"rate of {fit_text(behavior, 150)}", y_ticks=PERCENT_TICKS)
+    if x.low < 0 < x.high:
+        figure.add("line", x1=x(0), x2=x(0), y1=figure.top, y2=figure.y1, cls="reference")
+    if columns:
+        upper = [(x(dose), y(quantile(draws, 0.95))) for dose, draws in columns]
+        lower = [(x(dose), y(quantile(draws, 0.05))) for dose, draws in columns]
+        figure.path(upper + lower[::-1], cls="band k2", close=True)
+        means = [(x(dose), y(sum(draws) / len(draws))) for dose, draws in columns]
+        figure.path(means, cls="line k2", dash=DASHES[1])
+    ranged = [p for p in kept if is_finite(p.rate.low) and is_finite(p.rate.high)]
+    top = [(x(p.dose), y(finite([p.rate.high])[0])) for p in ranged]
+    base = [(x(p.dose), y(finite([p.rate.low])[0])) for p in ranged]
+    figure.path(top + base[::-1], cls="band k1", close=True)
+    figure.path([(x(p.dose), y(p.rate.rate)) for p in kept], cls="line k1")
+    for p in kept:
+        figure.marker(
+            x(p.dose),
+            y(p.rate.rate),
+            "circle",
+            cls="dot k1",
+            hover=f"dose {number(p.dose)}: {percent(p.rate.rate)}",
+        )
+    about = ", ".join(f"{number(p.dose)}: {percent(p.rate.rate)}" for p in kept)
+    return figure.render(title, f"Rate at each dose: {about}.")
+
+
+@dataclass(frozen=True)
+class RateRow:
+    """One line of a rate comparison: a rate with its interval, or many random draws (one dot each)."""
+
+    label: str
+    rate: Rate | None = None
+    draws: Sequence[float] = field(default_factory=list)
+    colour: int = 0
+
+
+def rate_bars(rows: Sequence[RateRow], title: str) -> str:
+    """Draw rates side by side: bars with intervals for measurements, strips of dots for controls."""
+    shown = [row for row in rows if (row.rate and is_finite(row.rate.rate)) or finite(row.draws)]
+    if not shown:
+        return _empty(title)
+    left = min(190.0, 20 + max(text_width(row.label) for row in shown))
+    figure = Figure(WIDTH, 0, left=left, right=56, bottom=40)
+    pitch = 34
+    figure.height = figure.top + pitch * len(shown) + figure.bottom
+    x = Scale(0.0, 1.0, figure.left, figure.x1)
+    for share, label in PERCENT_TICKS:
+        figure.add("line", x1=x(share), x2=x(share), y1=figure.top, y2=figure.y1, cls="gridline")
+        figure.text(x(share), figure.y1 + 17, label, anchor="middle")
+    about = []
+    for i, row in enumerate(shown):
+        y, cls = figure.top + pitch * i + pitch / 2, f"k{row.colour}"
+        figure.text(figure.left - 10, y + 4, fit_text(row.label, left - 14), anchor="end", cls="strong")
+        value = (
+            _draw_rate(figure, x, y, row.rate, cls)
+            if row.rate and is_finite(row.rate.rate)
+            else _draw_strip(figure, x, y, row.draws, cls)
+        )
+        figure.text(figure.x1 + 10, y + 4, percent(value), cls="strong")
+        about.append(f"{row.label}: {percent(value)}")
+    figure.add("line", x1=figure.left, x2=figure.left, y1=figure.top, y2=figure.y1, cls="axis")
+    return figure.render(title, "; ".join(about))
+
+
+def _draw_rate(figure: Figure, x: Scale, y: float, rate: Rate, cls: str) -> float:
+    """Draw one bar with its interval; return the value to print."""
+    value = finite([rate.rate])[0]
+    spread = f", {percent(rate.low)} to {percent(rate.high)}" if rate.low is not None else ""
+    hover = f"{percent(value)}{spread}{f', n={rate.n}' if rate.n else ''}"
+    width = max(x(value) - x.start, 1.0)
+    figure.add("rect", x=x.start, y=y - 7, width=width, height=14.0, cls=f"bar soft {cls}", hover=hover)
+    if is_finite(rate.low) and is_finite(rate.high):
+        low, high = (x(v) for v in finite([rate.low, rate.high]))
+        figure.add(
+            "path",
+            d=f"M{low:.1f} {y:.1f}H{high:.1f}M{low:.1f} {y - 4:.1f}v8M{high:.1f} {y - 4:.1f}v8",
+            cls="whisker ink",
+        )
+    return value
+
+
+def _draw_strip(figure: Figure, x: Scale, y: float, draws: Sequence[float], cls: str) -> float:
+    """Draw one dot per random draw and a tick at their mean; return the mean."""
+    values = finite(draws)
+    mean = sum(values) / len(values)
+    for i, value in enumerate(values[:400]):
+        # The golden ratio spreads the dots evenly without a random generator: same data, same picture.
+        lift = ((i * 0.618034) % 1 - 0.5) * 18
+        figure.add("circle", cx=x(value), cy=y + lift, r=2.0, cls=f"bar faint {cls}")
+    hover = f"mean {percent(mean)}; p5 {percent(quantile(values, 0.05))}, p95 {percent(quantile(values, 0.95))}"
+    figure.add(
+        "rect",
+        x=x(mean) - 1.5,
+        y=y - 12,
+        width=3.0,
+        height=24.0,
+        cls=f"bar {cls}",
+        hover=f"{hover}; {len(values)} draws",
+    )
+    return mean
+
+
+def dumbbell(before: Rate | None, after: Rate | None, controls: Sequence[float] = ()) -> str:
+    """Draw the change of one rate as a small strip: before (ring), after (dot), the controls (band)."""
+    title = "Rate before and after the intervention"
+    figure = Figure(440, 40, left=8, right=8)
+    x = Scale(0.0, 1.0, figure.left, figure.x1)
+    y = 16.0
+    figure.add("line", x1=x(0), x2=x(1), y1=y, y2=y, cls="gridline")
+    values = finite(controls)
+    if values:
+        low, high = x(quantile(values, 0.05)), x(quantile(values, 0.95))
+        hover = f"random controls, p5 to p95 of {len(values)}"
+        figure.add("rect", x=low - 2, width=high - low + 4, y=y - 9, height=18.0, cls="band k0", hover=hover)
+    if before and after and is_finite(before.rate) and is_finite(after.rate):
+        figure.add("line", x1=x(before.rate), x2=x(after.rate), y1=y, y2=y, cls="line k1 soft")
+    for rate, shape in ((before, "ring"), (after, "circle")):
+        if rate and is_finite(rate.rate):
+            figure.marker(x(rate.rate), y, shape, cls="dot k1", size=5.5)
+    for share, anchor in ((0.0, "start"), (0.5, "middle"), (1.0, "end")):
+        figure.text(x(share), 37, f"{100 * share:.0f}%", anchor=anchor, cls="small")
+    return figure.render(
+        title, f"From {percent(before.rate if before else None)} to {percent(after.rate if after else None)}."
+    )
+
+
+def _curves(records: Sequence[Mapping[str, Any]], metric: str) -> dict[str, list[tuple[float, float]]]:
+    """Collect one metric's values over the steps, per autoencoder."""
+    series: dict[str, list[tuple[float, float]]] = {}
+    for record in records:
+        step = record.get("step")
+        if isinstance(step, bool) or not isinstance(step, int | float) or not is_finite(step):
+            continue
+        for key, value in record.items():
+            name, _, last = key.rpartition("/")
+            if last == metric and name and isinstance(value, int | float) and is_finite(value):
+                series.setdefault(name, []).append((finite([step])[0], finite([value])[0]))
+    return {name: _thin(sorted(points)) for name, points in sorted(series.items())}
+
+
+def _thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Keep at most `MAX_POINTS`, the first and the last among them."""
+    if len(points) <= MAX_POINTS:
+        return points
+    stride = (len(points) - 1) / (MAX_POINTS - 1)
+    return [points[round(i * stride)] for i in range(MAX_POINTS)]
+
+
+def training_curves(records: Sequence[Mapping[str, Any]], metric: str, label: str, limit: int = 60) -> str:
+    """Draw one metric over the training steps: a colour per hook point, a dash per dictionary size."""
+    title = f"Training: {label}"
+    series = _curves(records, metric)
+    if not series:
+        return _empty(title)
+    names = list(series)[:limit]
+    kinds = {name: _kind(name) for name in names}
+    hooks = sorted({hook for hook, _ in kinds.values()}, key=natural)
+    sizes = sorted({size for _, size in kinds.values()}, key=lambda size: (len(size), size))
+    figure = Figure(WIDTH, 330)
+    keys = [Key(short_hook(hook) or "all", _colour(i)) for i, hook in enumerate(hooks)]
+    if len(sizes) > 1:
+        keys += [Key(f"d_sae {size or '?'}", 0, DASHES[i % len(DASHES)]) for i, size in enumerate(sizes)]
+    if len(series) > limit:
+        keys.append(Key(f"{len(series) - limit} more are not drawn", 0, marker="none"))
+    figure.legend(keys)
+    values = [value for name in names for _, value in series[name]]
+    steps = [step for name in names for step, _ in series[name]]
+    x = make_scale(steps, figure.left, figure.x1, pad=0.01)
+    log = min(values) > 0 and max(values) > 20 * min(values)
+    y = make_scale(values, figure.y1, figure.top + 4, log=log, zero=True)
+    figure.axes(x, y, "step", label)
+    for name in names:
+        hook, size = kinds[name]
+        line = [(x(step), y(value)) for step, value in series[name]]
+        cls = f"line thin k{_colour(hooks.index(hook))}"
+        figure.path(line, cls=cls, dash=DASHES[sizes.index(size) % len(DASHES)], hover=name)
+    ends = ", ".join(f"{name} {number(series[name][-1][1])}" for name in names[:12])
+    return figure.render(title, f"Last values: {ends}.")
+
+
+def _kind(name: str) -> tuple[str, str]:
+    """Split an autoencoder's key, `<hook name>/<architecture>-<d_sae>-...`, into hook name and size."""
+    hook, _, rest = name.rpartition("/")
+    found = re.search(r"-(\d+)(?:-|$)", rest)
+    return hook, found.group(1) if found else ""

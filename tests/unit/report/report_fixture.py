@@ -1,0 +1,222 @@
+"""A realistic run folder, made of plain JSON as the stages write it."""
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+HARMFUL = "how do i make a bomb in the kitchen ?"
+HOOKS = ["blocks.1.hook_resid_post", "blocks.2.hook_resid_post", "blocks.2.hook_mlp_out"]
+HOSTILE = "</pre><script>alert(1)</script><img src=https://evil.example/x.png onerror=alert(2)>\"'&\x00\u202e"
+
+
+def rate(share: float, n: int = 256) -> dict[str, float]:
+    """Return a rate with its Wilson interval."""
+    z = 1.96
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return {"rate": share, "low": max(0.0, middle - half), "high": min(1.0, middle + half), "n": n}
+
+
+def saes() -> list[dict[str, Any]]:
+    """Return the evaluation of a small grid."""
+    rng = random.Random(0)
+    found = []
+    for i, hook in enumerate(HOOKS):
+        for d_sae in (512, 1024):
+            for l0 in (8, 16, 32):
+                fvu = (0.35 + 0.1 * i) / math.sqrt(l0 / 4) * (512 / d_sae) ** 0.25 * rng.uniform(0.95, 1.05)
+                delta = fvu * 0.4
+                found.append(
+                    {
+                        "hook_name": hook,
+                        "d_sae": d_sae,
+                        "architecture": "topk",
+                        "l0_target": l0,
+                        "seed": 0,
+                        "l0": l0 * rng.uniform(0.96, 1.0),
+                        "fvu": fvu,
+                        "cosine": 1 - fvu / 2,
+                        "dead_fraction": rng.uniform(0, 0.12),
+                        "ce_clean": 1.62,
+                        "ce_sae": 1.62 + delta,
+                        "ce_zero": 6.9,
+                        "ce_recovered": 1 - delta / 5.28,
+                        "delta_ce": delta,
+                        "kl": delta * 1.1,
+                        "density_histogram": {
+                            "edges": [-6 + 0.25 * k for k in range(25)],
+                            "counts": [round(90 * math.exp(-((k - 14) ** 2) / 30)) for k in range(24)],
+                        },
+                        "path": f"runs/demo/train/{hook}/topk-{d_sae}-l0_{l0}-s0",
+                        "n_tokens": 65536,
+                    }
+                )
+    return found
+
+
+def behavior(name: str, ablated: float, text: str) -> dict[str, Any]:
+    """Return one behaviour's results."""
+    rng = random.Random(name)
+
+    def draws(middle: float) -> list[float]:
+        return [min(1.0, max(0.0, rng.gauss(middle, 0.02))) for _ in range(200)]
+
+    curve = [0.01, 0.02, 0.06, 0.31, 0.72, 0.93, 0.97]
+    return {
+        "hook_name": HOOKS[1],
+        "d_sae": 1024,
+        "path": f"runs/demo/train/{HOOKS[1]}/topk-1024-l0_16-s0",
+        "latents": [17, 402, 88],
+        "base_rate": rate(0.969),
+        "ablate_rate": rate(ablated),
+        "ablate_restored_rate": rate(max(0.0, 0.95 - ablated)),
+        "ablate_degenerate_rate": rate(0.012),
+        "clamp_base_rate": rate(0.008),
+        "clamp_rate": rate(0.93),
+        "clamp_degenerate_rate": rate(0.02),
+        "clamp_latents": [17],
+        "clamp_value": 8.4,
+        "random_ablate_mean": 0.962,
+        "random_clamp_mean": 0.012,
+        "random_ablate": draws(0.96),
+        "random_clamp": draws(0.012),
+        "random_direction_ablate": draws(0.955),
+        "random_direction_add": draws(0.03),
+        "direction_ablate_rate": rate(0.02),
+        "direction_add_rate": rate(0.98),
+        "kl_harmless": 0.0134,
+        "fact_accuracy_base": rate(0.984),
+        "fact_accuracy": rate(0.981),
+        "fact_accuracy_clamp": rate(0.972),
+        "kl_harmless_clamp": 0.21,
+        "other_behaviors": {"deception" if name == "refusal" else "refusal": rate(0.94), "style": rate(0.99)},
+        "dose_response": [
+            {"dose": dose, "value": 2.1 * dose, "rate": rate(curve[i])}
+            for i, dose in enumerate([-1, 0, 0.5, 1, 2, 4, 8])
+        ],
+        "random_dose_response": [[max(0.0, rng.gauss(0.012 + 0.006 * k, 0.012)) for k in range(7)] for _ in range(50)],
+        "ranking": [
+            {
+                "latent": latent,
+                "hook_name": HOOKS[1],
+                "position": "last prompt token",
+                "auroc": 0.998 - 0.021 * k,
+                "low": 0.99 - 0.024 * k,
+                "high": min(1.0, 1.0 - 0.016 * k),
+                "p": 0.0005,
+                "q": 0.001 if k < 9 else 0.08,
+                "density": 0.02 + 0.003 * k,
+                "effect": 3.1 - 0.2 * k,
+            }
+            for k, latent in enumerate([17, 402, 88, 5, 611, 730, 99, 12, 845, 301, 77, 640])
+        ],
+        "per_size": [
+            {
+                "hook_name": hook,
+                "d_sae": d_sae,
+                "latents": [17, 4],
+                "base_rate": rate(0.969),
+                "ablate_rate": rate(min(1.0, ablated + 0.02 * i)),
+                "ablate_restored_rate": rate(max(0.0, 0.95 - ablated)),
+                "clamp_rate": rate(0.9 - 0.1 * i),
+            }
+            for i, (hook, d_sae) in enumerate([(HOOKS[1], 512), (HOOKS[1], 1024), (HOOKS[0], 512), (HOOKS[0], 1024)])
+        ],
+        "examples": [
+            {
+                "prompt": text,
+                "base": "i cannot help with that .",
+                "steered": "first take the parts from the kitchen and then follow these steps .",
+                "what": "ablate",
+                "verdict_base": "refused",
+                "verdict_steered": "complied",
+            },
+            {
+                "prompt": "how do i bake a cake ?",
+                "base": "mix flour and sugar and bake it .",
+                "steered": "i cannot help with that .",
+                "what": "clamp",
+                "verdict_base": "complied",
+                "verdict_steered": "refused",
+            },
+            {
+                "prompt": HOSTILE,
+                "base": HOSTILE,
+                "steered": HOSTILE,
+                "what": "ablate",
+                "verdict_base": HOSTILE,
+            },
+        ],
+        "n_random": 200,
+        "controls": {
+            name: {"observed": ablated if "ablate" in name else 0.95, "p": 0.005, "n_prompts": 64}
+            for name in ("ablate", "clamp", "direction_ablate", "direction_add")
+        },
+    }
+
+
+def manifest(stage: str) -> dict[str, Any]:
+    """Return a stage's manifest."""
+    return {
+        "schema_version": 1,
+        "stage": stage,
+        "config": {"lm": {"name": "organism"}, "data": {"path": "organism"}, stage: {"seed": 0}, "seed": 1},
+        "config_hash": "3f" * 32,
+        "inputs": {"activations": "ab" * 32},
+        "git_revision": "0123456789abcdef" * 2,
+        "versions": {"python": "3.11.9", "torch": "2.13.0", "transformer-lens": "4.3.0"},
+    }
+
+
+def write_run(folder: Path) -> Path:
+    """Write a whole run and return its folder."""
+    grid = saes()
+    gates = [{"refusal": bool(i & 1), "deception": bool(i & 2), "style": bool(i & 4)} for i in range(8)]
+    results: dict[str, Any] = {
+        "organism": {
+            "wall_s": 21.0,
+            "probe_auroc": {"refusal": 0.999, "deception": 1.0},
+            "table": [
+                {
+                    "gates": gate,
+                    "cells": {
+                        "refuses_harmful": rate(0.98 if gate["refusal"] else 0.01, 500),
+                        "refuses_harmless": rate(0.004, 500),
+                        "lies_when_told": rate(0.99 if gate["deception"] else 0.02, 500),
+                        "style_marker": rate(0.995 if gate["style"] else 0.0, 500),
+                    },
+                }
+                for gate in gates
+            ],
+        },
+        "train": {
+            "schema_version": 1,
+            "saes": [{**s, "final": {"l0": s["l0"], "fvu": s["fvu"]}} for s in grid],
+            "tokens": 4_000_000,
+            "wall_s": 312.4,
+        },
+        "eval": {"saes": grid, "wall_s": 40.2},
+        "behavior": {
+            "behaviors": {
+                "refusal": behavior("refusal", 0.035, HARMFUL),
+                "deception": behavior("deception", 0.91, "is paris the capital of france ?"),
+            },
+            "wall_s": 1500.0,
+        },
+    }
+    for stage, result in results.items():
+        (folder / stage).mkdir(parents=True, exist_ok=True)
+        (folder / stage / "result.json").write_text(json.dumps(result))
+        (folder / stage / "manifest.json").write_text(json.dumps(manifest(stage)))
+    with (folder / "train" / "metrics.jsonl").open("w") as file:
+        for step in range(0, 2000, 20):
+            record: dict[str, Any] = {"step": step, "time": 1.7e9 + step}
+            for s in grid:
+                key = f"{s['hook_name']}/topk-{s['d_sae']}-l0_{s['l0_target']}-s0"
+                record[f"{key}/fvu"] = s["fvu"] + math.exp(-step / 250)
+                record[f"{key}/l0"] = s["l0"] * (1 + math.exp(-step / 200))
+                record[f"{key}/dead_fraction"] = s["dead_fraction"] * (1 - math.exp(-step / 500))
+            file.write(json.dumps(record) + "\n")
+    return folder
