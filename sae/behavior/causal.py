@@ -1,0 +1,354 @@
+"""The causal test: on topics never looked at, do these latents control the behaviour, and what else do they change?
+
+Necessity: ablating them removes the behaviour and restores the alternative (not babble). Sufficiency: clamping them
+brings it about where it is not due. Both against matched random latents and directions, beside the difference of means,
+with dose-response and side effects. Everything was chosen before (`sae.behavior.select`) on another split.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sae import stats
+from sae.behavior.contrast import ContrastRecord
+from sae.behavior.controls import (
+    Control,
+    direction_edits,
+    matched_clamp,
+    matched_latents,
+    plan_controls,
+    run_control,
+)
+from sae.behavior.directions import Direction
+from sae.behavior.judge import Judge, Verdict, answers_truly
+from sae.behavior.measure import (
+    KLTask,
+    Outcome,
+    Progress,
+    Prompts,
+    SiteData,
+    completions,
+    evaluate,
+    kl_from_clean,
+    prepare,
+    prepare_kl,
+    shift_norm,
+)
+from sae.behavior.results import CausalReport, Dose, Example
+from sae.behavior.select import AblationChoice, AddChoice, ClampChoice
+from sae.behavior.settings import BehaviorSettings
+from sae.steering.apply import steer
+from sae.steering.interventions import Ablate, Clamp, Intervention, ProjectOut
+
+
+class OtherBehavior(NamedTuple):
+    """Another behaviour, to see whether the interventions touch it."""
+
+    records: Sequence[ContrastRecord]  #: its positives are used
+    judge: Judge
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Everything decided before the report split is opened.
+
+    Attributes:
+        encoder: the SAE.
+        site: its latents on the find split; the basis of matching.
+        position: where latents and direction were read.
+        ablation: the latents to ablate.
+        clamp: the latents and values to clamp.
+        direction: the difference of means at the same hook point.
+        add: how strongly to add it.
+        negative_resid: [n d_in] negatives' activations of the find split at the position.
+    """
+
+    encoder: Any
+    site: SiteData
+    position: str
+    ablation: AblationChoice
+    clamp: ClampChoice
+    direction: Direction
+    add: AddChoice
+    negative_resid: np.ndarray
+
+
+class _Case(NamedTuple):
+    """The report split, prepared, with its unsteered outcomes."""
+
+    positives: Prompts
+    negatives: Prompts
+    base: Outcome
+    clamp_base: Outcome
+
+
+def fact_accuracy(lm: Any, facts: Prompts, max_new_tokens: int, *interventions: Intervention) -> stats.Rate:
+    """Return how often questions of fact are answered truly under interventions."""
+    with steer(lm, *interventions):
+        texts = completions(lm, facts, max_new_tokens)
+    right = [answers_truly(text, record) for text, record in zip(texts, facts.records, strict=True)]
+    return stats.rate(sum(right), len(right))
+
+
+def causal_report(
+    lm: Any,
+    choice: Choice,
+    records: Sequence[ContrastRecord],
+    judge: Judge,
+    settings: BehaviorSettings | None = None,
+    *,
+    facts: Sequence[ContrastRecord] = (),
+    others: Mapping[str, OtherBehavior] | None = None,
+    n_random: int | None = None,
+    progress: Progress | None = None,
+) -> CausalReport:
+    """Test a choice on held-out records.
+
+    Args:
+        lm: the model.
+        choice: what was decided on the other splits.
+        records: the report split, positives and negatives.
+        judge: see `sae.behavior.judge`.
+        settings: doses, numbers of prompts and draws.
+        facts: questions with a true answer that should stay right.
+        others: other behaviours that should stay as they are.
+        n_random: draws per control; the settings' if not given. Without draws, dose-response is left out too.
+        progress: told about every step.
+    """
+    settings = settings or BehaviorSettings()
+    n_random = settings.n_random if n_random is None else n_random
+    new, batch = settings.max_new_tokens, settings.batch_prompts
+    positives = prepare(lm, [record for record in records if record.label], batch)
+    negatives = prepare(lm, [record for record in records if not record.label], batch)
+    base, clamp_base = evaluate(lm, [], positives, judge, new), evaluate(lm, [], negatives, judge, new)
+    case = _Case(positives, negatives, base, clamp_base)
+    ablate = Ablate(choice.encoder, choice.ablation.latents, roles=settings.roles)
+    clamp = choice.clamp.clamp(choice.encoder, roles=settings.roles)
+    toward, to_zero, add = direction_edits(choice.direction, choice.add.scale, settings.roles)
+    outcomes = {
+        "ablate": evaluate(lm, [ablate], positives, judge, new),
+        "clamp": evaluate(lm, [clamp], negatives, judge, new),
+        "direction_ablate": evaluate(lm, [toward], positives, judge, new),
+        "direction_ablate_zero": evaluate(lm, [to_zero], positives, judge, new),
+        "direction_add": evaluate(lm, [add], negatives, judge, new),
+        "spared": evaluate(lm, [ablate], negatives, judge, new),
+    }
+    controls = _controls(lm, choice, case, outcomes, clamp, judge, settings, n_random, progress)
+    doses = _dose_response(lm, choice, case, judge, settings, progress) if n_random else []
+    return CausalReport(
+        hook_name=choice.site.hook_name,
+        d_sae=choice.site.d_sae,
+        position=choice.position,
+        latents=list(choice.ablation.latents),
+        clamp_latents=list(choice.clamp.latents),
+        clamp_value=float(np.mean(choice.clamp.values)),
+        clamp_values=list(choice.clamp.values),
+        clamp_multiple=choice.clamp.multiple,
+        direction_add_scale=choice.add.scale,
+        n_random=n_random,
+        **_rates(case, outcomes),
+        **_side_effects(lm, negatives, ablate, clamp, toward, facts, others or {}, settings),
+        **_draws(controls),
+        controls=controls,
+        dose_response=doses,
+        dose_correlation=stats.spearman([d.dose for d in doses], [d.rate.rate for d in doses]) if doses else None,
+        random_dose_response=_random_doses(lm, choice, case, judge, settings) if n_random else [],
+        examples=_examples(case, outcomes["ablate"], outcomes["clamp"], settings.n_examples),
+    )
+
+
+def _rates(case: _Case, outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
+    """Name the rates of every outcome as `CausalReport` does."""
+    return {
+        "base_rate": case.base.behavior,
+        "base_degenerate_rate": case.base.degenerate,
+        "ablate_rate": outcomes["ablate"].behavior,
+        "ablate_restored_rate": outcomes["ablate"].alternative,
+        "ablate_degenerate_rate": outcomes["ablate"].degenerate,
+        "clamp_base_rate": case.clamp_base.behavior,
+        "clamp_rate": outcomes["clamp"].behavior,
+        "clamp_degenerate_rate": outcomes["clamp"].degenerate,
+        "direction_ablate_rate": outcomes["direction_ablate"].behavior,
+        "direction_ablate_restored_rate": outcomes["direction_ablate"].alternative,
+        "direction_ablate_zero_rate": outcomes["direction_ablate_zero"].behavior,
+        "direction_add_rate": outcomes["direction_add"].behavior,
+        "direction_add_degenerate_rate": outcomes["direction_add"].degenerate,
+        "negatives_base_alternative_rate": case.clamp_base.alternative,
+        "negatives_ablate_alternative_rate": outcomes["spared"].alternative,
+    }
+
+
+def _draws(controls: Mapping[str, Control]) -> dict[str, Any]:
+    found: dict[str, Any] = {f"random_{name}": control.draws for name, control in controls.items()}
+    means = {f"random_{name}_mean": controls[name].mean for name in ("ablate", "clamp")}
+    return {**found, **means}
+
+
+def _side_effects(
+    lm: Any,
+    negatives: Prompts,
+    ablate: Ablate,
+    clamp: Clamp,
+    toward: ProjectOut,
+    facts: Sequence[ContrastRecord],
+    others: Mapping[str, OtherBehavior],
+    settings: BehaviorSettings,
+) -> dict[str, Any]:
+    """Measure what else changes: the text of harmless replies, facts, other behaviours."""
+    kl = prepare_kl(lm, negatives.first(settings.n_prompts_kl), settings.kl_tokens)
+    questions, new = prepare(lm, list(facts)[: settings.n_prompts], settings.batch_prompts), settings.max_new_tokens
+    return {
+        "kl_harmless": _kl(lm, kl, ablate),
+        "kl_harmless_clamp": _kl(lm, kl, clamp),
+        "kl_harmless_direction": _kl(lm, kl, toward),
+        "fact_accuracy_base": fact_accuracy(lm, questions, new),
+        "fact_accuracy": fact_accuracy(lm, questions, new, ablate),
+        "fact_accuracy_clamp": fact_accuracy(lm, questions, new, clamp),
+        "other_behaviors": _others(lm, others, ablate, clamp, settings),
+    }
+
+
+def _kl(lm: Any, task: KLTask, intervention: Intervention) -> float:
+    with steer(lm, intervention):
+        return kl_from_clean(lm, task)
+
+
+def _controls(
+    lm: Any,
+    choice: Choice,
+    case: _Case,
+    outcomes: Mapping[str, Outcome],
+    clamp: Clamp,
+    judge: Judge,
+    settings: BehaviorSettings,
+    n_random: int,
+    progress: Progress | None,
+) -> dict[str, Control]:
+    """Measure every control on fewer prompts; the real intervention is compared on the same ones."""
+    few = settings.n_prompts_random
+    positives, negatives = case.positives.first(few), case.negatives.first(few)
+
+    def negative_mean_of(unit: np.ndarray) -> float:
+        return float((choice.negative_resid @ unit).mean())
+
+    plan = plan_controls(
+        choice.encoder,
+        choice.site,
+        choice.ablation.latents,
+        choice.clamp,
+        negative_mean_of,
+        shift_norm(lm, clamp, negatives),
+        n_random,
+        settings.n_neighbours,
+        settings.roles,
+        settings.seed,
+    )
+    found: dict[str, Control] = {}
+    for name, edits in (
+        ("ablate", plan.ablate),
+        ("clamp", plan.clamp),
+        ("direction_ablate", plan.direction_ablate),
+        ("direction_add", plan.direction_add),
+    ):
+        lower = name.endswith("ablate")
+        observed = outcomes[name].share(Verdict.BEHAVIOR, few)
+        found[name] = run_control(
+            lm,
+            edits,
+            positives if lower else negatives,
+            judge,
+            observed,
+            lower,
+            settings.max_new_tokens,
+            _ticker(progress, f"random {name}", len(edits)),
+        )
+    return found
+
+
+def _ticker(progress: Progress | None, what: str, total: int) -> Callable[[], None]:
+    done = 0
+
+    def tick() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(what, done, total)
+
+    return tick
+
+
+def _dose_response(
+    lm: Any, choice: Choice, case: _Case, judge: Judge, settings: BehaviorSettings, progress: Progress | None
+) -> list[Dose]:
+    few = settings.n_prompts_dose
+    negatives, positives = case.negatives.first(few), case.positives.first(few)
+    tick = _ticker(progress, "dose-response", len(settings.doses))
+    doses = []
+    for dose in settings.doses:
+        clamp = choice.clamp.clamp(choice.encoder, dose, settings.roles)
+        found = evaluate(lm, [clamp], negatives, judge, settings.max_new_tokens)
+        held = evaluate(lm, [clamp], positives, judge, settings.max_new_tokens)
+        value = float(np.mean(choice.clamp.values)) * dose / choice.clamp.multiple
+        doses.append(Dose(float(dose), value, found.behavior, found.degenerate, held.behavior))
+        tick()
+    return doses
+
+
+def _random_doses(lm: Any, choice: Choice, case: _Case, judge: Judge, settings: BehaviorSettings) -> list[list[float]]:
+    """Return the behaviour's rate per dose for a few matched random latents."""
+    negatives = case.negatives.first(settings.n_prompts_dose)
+    norms = choice.encoder.W_dec.detach().float().norm(dim=1).cpu().numpy()
+    drawn = matched_latents(
+        choice.site.density,
+        choice.site.effect,
+        choice.clamp.latents,
+        settings.n_random_dose,
+        settings.n_neighbours,
+        settings.seed + 4,
+    )
+    rows = []
+    for latents in drawn:
+        row = []
+        for dose in settings.doses:
+            scale = dose / choice.clamp.multiple
+            clamp = matched_clamp(choice.encoder, norms, choice.clamp, latents, scale, settings.roles)
+            row.append(evaluate(lm, [clamp], negatives, judge, settings.max_new_tokens).share(Verdict.BEHAVIOR))
+        rows.append(row)
+    return rows
+
+
+def _others(
+    lm: Any, others: Mapping[str, OtherBehavior], ablate: Ablate, clamp: Clamp, settings: BehaviorSettings
+) -> dict[str, dict[str, stats.Rate]]:
+    """Return the other behaviours' rates on their own positives: unsteered, ablated, clamped."""
+    found = {}
+    for name, other in others.items():
+        records = [record for record in other.records if record.label][: settings.n_prompts]
+        prompts = prepare(lm, records, settings.batch_prompts)
+        found[name] = {
+            what: evaluate(lm, edits, prompts, other.judge, settings.max_new_tokens).behavior
+            for what, edits in (("base", []), ("ablate", [ablate]), ("clamp", [clamp]))
+        }
+    return found
+
+
+def _examples(case: _Case, ablated: Outcome, clamped: Outcome, n: int) -> list[Example]:
+    found = []
+    for what, prompts, base, steered in (
+        ("ablate", case.positives, case.base, ablated),
+        ("clamp", case.negatives, case.clamp_base, clamped),
+    ):
+        for index, record in enumerate(prompts.records[:n]):
+            found.append(
+                Example(
+                    record.prompt,
+                    base.texts[index],
+                    steered.texts[index],
+                    what,
+                    base.verdicts[index].value,
+                    steered.verdicts[index].value,
+                )
+            )
+    return found

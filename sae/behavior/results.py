@@ -1,0 +1,89 @@
+"""What the causal test reports, as records."""
+
+from dataclasses import dataclass, field
+
+from sae import stats
+from sae.behavior.controls import Control
+
+
+@dataclass(frozen=True)
+class Dose:
+    """The clamp at one dose, on negatives.
+
+    Attributes:
+        dose: in units of the latents' typical active values; negative pushes the other way.
+        value: mean clamped value.
+        rate: the behaviour's rate.
+        degenerate: share of broken replies.
+        positives: the behaviour's rate on positives under the same clamp.
+    """
+
+    dose: float
+    value: float
+    rate: stats.Rate
+    degenerate: stats.Rate
+    positives: stats.Rate
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt with its reply before and after."""
+
+    prompt: str
+    base: str
+    steered: str
+    what: str
+    verdict_base: str
+    verdict_steered: str
+
+
+@dataclass(frozen=True)
+class CausalReport:
+    """Results on the report split. Rates ending in `_ablate*` are of positives, in `_clamp*` and `_add*` of negatives.
+
+    A `_rate` is of the behaviour, `_restored_rate` of the alternative, `_degenerate_rate` of broken replies.
+    """
+
+    hook_name: str
+    d_sae: int
+    position: str
+    latents: list[int]
+    clamp_latents: list[int]
+    clamp_value: float  #: mean over the clamped latents
+    clamp_values: list[float]
+    clamp_multiple: float
+    base_rate: stats.Rate
+    base_degenerate_rate: stats.Rate
+    ablate_rate: stats.Rate
+    ablate_restored_rate: stats.Rate
+    ablate_degenerate_rate: stats.Rate
+    clamp_base_rate: stats.Rate
+    clamp_rate: stats.Rate
+    clamp_degenerate_rate: stats.Rate
+    direction_ablate_rate: stats.Rate
+    direction_ablate_restored_rate: stats.Rate
+    direction_ablate_zero_rate: stats.Rate
+    direction_add_rate: stats.Rate
+    direction_add_degenerate_rate: stats.Rate
+    direction_add_scale: float
+    negatives_base_alternative_rate: stats.Rate  #: negatives answered as they should be, unsteered
+    negatives_ablate_alternative_rate: stats.Rate  #: and under the ablation
+    kl_harmless: float  #: nats per token on negatives under the ablation
+    kl_harmless_clamp: float
+    kl_harmless_direction: float  #: under the direction's projection
+    fact_accuracy_base: stats.Rate
+    fact_accuracy: stats.Rate  #: under the ablation
+    fact_accuracy_clamp: stats.Rate
+    other_behaviors: dict[str, dict[str, stats.Rate]]  #: name -> base, ablate, clamp
+    n_random: int
+    random_ablate: list[float] = field(default_factory=list)
+    random_clamp: list[float] = field(default_factory=list)
+    random_direction_ablate: list[float] = field(default_factory=list)
+    random_direction_add: list[float] = field(default_factory=list)
+    random_ablate_mean: float = float("nan")
+    random_clamp_mean: float = float("nan")
+    controls: dict[str, Control] = field(default_factory=dict)
+    dose_response: list[Dose] = field(default_factory=list)
+    dose_correlation: stats.Correlation | None = None
+    random_dose_response: list[list[float]] = field(default_factory=list)
+    examples: list[Example] = field(default_factory=list)

@@ -1,0 +1,89 @@
+"""Settings of the behaviour protocol, all in one place."""
+
+from dataclasses import dataclass
+
+from sae.behavior.select import EDIT_ROLES, MULTIPLES
+from sae.errors import UserError
+from sae.lm.tokens import Role
+
+
+@dataclass(frozen=True)
+class BehaviorSettings:
+    """How a behaviour is searched for and tested. Prompts are counted per class.
+
+    Attributes:
+        positions: where latents and directions are read: -1 is the prompt's last token, ``"max"`` the prompt's maximum
+            (latents only).
+        fdr: largest q-value and family-wise p-value of a significant latent.
+        n_permutations, n_bootstrap: draws for family-wise p-values and for intervals.
+        top_n: latents listed per SAE.
+        n_candidates: latents per SAE tried in the causal search.
+        beam: candidates kept after the search's first round.
+        max_latents: largest set ablated or clamped.
+        multiples: clamp doses searched, in units of typical active values.
+        doses: the dose-response grid in the same units, both signs.
+        max_degenerate: largest share of broken replies a clamp may cause on the select split.
+        roles: kinds of token that are edited; None is all but padding.
+        filter: keep only prompts on which the unsteered model does what the label says.
+        shuffle_labels: shuffle labels after filtering: a check of the protocol, which must then find nothing.
+        n_prompts: prompts in the find and report splits, at most.
+        n_prompts_select, n_prompts_random, n_prompts_dose, n_prompts_kl: prompts of the select split, of each random
+            draw, of each dose, and for KL.
+        n_random: draws per control for the main result.
+        n_random_per_size: the same for the other dictionary sizes; 0 leaves their controls out.
+        n_random_dose: random latents given the whole dose grid.
+        n_neighbours: pool of nearest latents that matched ones are drawn from.
+        kl_tokens: tokens of the clean continuation over which KL is averaged.
+        max_new_tokens: length of replies.
+        batch_prompts: prompts run at once; lower it if memory runs out.
+        n_examples: example replies kept per intervention.
+        seed: of everything random.
+    """
+
+    positions: tuple[int | str, ...] = (-1,)
+    fdr: float = 0.01
+    n_permutations: int = 1000
+    n_bootstrap: int = 500
+    top_n: int = 20
+    n_candidates: int = 12
+    beam: int = 6
+    max_latents: int = 5
+    multiples: tuple[float, ...] = MULTIPLES
+    doses: tuple[float, ...] = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 3.0, 4.0)
+    max_degenerate: float = 0.1
+    roles: tuple[Role, ...] | None = EDIT_ROLES
+    filter: bool = True
+    shuffle_labels: bool = False
+    n_prompts: int = 256
+    n_prompts_select: int = 64
+    n_prompts_random: int = 64
+    n_prompts_dose: int = 64
+    n_prompts_kl: int = 64
+    n_random: int = 200
+    n_random_per_size: int = 20
+    n_random_dose: int = 5
+    n_neighbours: int = 50
+    kl_tokens: int = 8
+    max_new_tokens: int = 24
+    batch_prompts: int = 256
+    n_examples: int = 6
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        counts = (
+            "max_latents",
+            "n_candidates",
+            "n_prompts",
+            "n_prompts_select",
+            "max_new_tokens",
+            "batch_prompts",
+        )
+        for name in counts:
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1.")
+        if not any(isinstance(position, int) for position in self.positions):
+            raise UserError(f"positions={self.positions}: give at least one like -1, where a direction can be read.")
+        if not 0 < self.fdr < 1:
+            raise UserError(f"fdr={self.fdr} is not between 0 and 1.")
+        if not self.multiples or min(self.multiples) <= 0:
+            raise UserError(f"multiples={self.multiples}: give positive doses to search; signs belong in doses.")
