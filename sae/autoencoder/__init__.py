@@ -1,0 +1,1 @@
+"""The sparse autoencoder, its architectures and its training losses."""

@@ -1,0 +1,227 @@
+"""The sparse autoencoder: one class for every architecture.
+
+    pre_acts    = (x - b_dec) @ W_enc + b_enc
+    latent_acts = sparsity(pre_acts)
+    recons      = latent_acts @ W_dec + b_dec
+
+A saved SAE acts on raw activations: the scalar that normalised its training inputs is folded into its weights.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sae import files
+from sae.autoencoder.sparsity import Sparsity, SparsityOptions, find_architecture
+from sae.errors import UserError, unknown
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "weights.safetensors"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class SAEConfig:
+    """What an SAE is and where it belongs."""
+
+    architecture: str
+    """A name in `sparsity.ARCHITECTURES`."""
+    d_in: int
+    d_sae: int
+    l0: float | int
+    """Target mean number of active latents per token; 0 when unknown (foreign weights)."""
+    seed: int
+    hook_name: str
+    """Hook point as TransformerLens names it."""
+    lm_name: str
+    lm_fingerprint: str = ""
+    """Content hash of the language model's weights; empty when unknown."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """How it was trained; free form, plain JSON types."""
+
+    def __post_init__(self) -> None:
+        _check_types(self.__dict__)
+        for name in ("d_in", "d_sae"):
+            if getattr(self, name) < 1:
+                raise UserError(f"SAE config: {name} must be at least 1, not {getattr(self, name)}.")
+        find_architecture(self.architecture).check(self.d_sae, self.l0)
+
+
+_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    **dict.fromkeys(("architecture", "hook_name", "lm_name", "lm_fingerprint"), ((str,), "text")),
+    **dict.fromkeys(("d_in", "d_sae", "seed"), ((int,), "a whole number")),
+    "l0": ((int, float), "a number"),
+    "metadata": ((dict,), "a mapping"),
+}
+
+
+def _check_types(values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        kinds, words = _KINDS[name]
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise UserError(f"SAE config: {name} must be {words}, not {value!r}.")
+
+
+class SAEOutput(NamedTuple):
+    """Result of a forward pass."""
+
+    recons: Tensor
+    """[... d_in]"""
+    latent_acts: Tensor
+    """[... d_sae]"""
+
+
+class SAE(nn.Module):
+    """A sparse autoencoder. Inputs of any leading shape; they are cast to the SAE's dtype.
+
+    Fresh weights: unit decoder rows drawn from `config.seed`, the encoder their transpose, zero biases.
+
+    Attributes:
+        W_enc: [d_in d_sae]. Stored so that one latent's direction is contiguous, which is how gradients come.
+        W_dec: [d_sae d_in], rows of norm 1.
+        b_enc: [d_sae]
+        b_dec: [d_in]
+        sparsity: the architecture, with its `threshold` (fp32 always) where it has one.
+    """
+
+    def __init__(self, config: SAEConfig, options: SparsityOptions | None = None) -> None:
+        super().__init__()
+        self.config = config
+        generator = torch.Generator().manual_seed(config.seed)
+        rows = torch.randn(config.d_sae, config.d_in, generator=generator)
+        rows /= rows.norm(dim=1, keepdim=True)
+        self.W_dec = nn.Parameter(rows)
+        self.W_enc = nn.Parameter(rows.clone().t())
+        self.b_enc = nn.Parameter(torch.zeros(config.d_sae))
+        self.b_dec = nn.Parameter(torch.zeros(config.d_in))
+        build = find_architecture(config.architecture)
+        self.sparsity: Sparsity = build(config.d_sae, config.l0, options or SparsityOptions())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        return self.W_enc.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.W_enc.device
+
+    def check_input(self, d_in: int) -> None:
+        """Refuse activations of another width.
+
+        Raises:
+            UserError: naming both widths.
+        """
+        if d_in != self.config.d_in:
+            raise UserError(
+                f"the SAE for {self.config.hook_name!r} takes d_in = {self.config.d_in}, but these activations are "
+                f"{d_in} wide: use the hook point and model it was trained on."
+            )
+
+    def pre_acts(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_sae"]:
+        """(x - b_dec) @ W_enc + b_enc."""
+        self.check_input(x.shape[-1])
+        return (x.to(self.dtype) - self.b_dec) @ self.W_enc + self.b_enc
+
+    def encode(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_sae"]:
+        """Latent activations as at inference: BatchTopK by its threshold, JumpReLU strictly above its thresholds."""
+        return self.sparsity.infer_acts(self.pre_acts(x)).to(self.dtype)
+
+    def decode(self, latent_acts: Float[Tensor, "... d_sae"]) -> Float[Tensor, "... d_in"]:
+        """latent_acts @ W_dec + b_dec."""
+        return latent_acts.to(self.dtype) @ self.W_dec + self.b_dec
+
+    def forward(self, x: Float[Tensor, "... d_in"]) -> SAEOutput:
+        """Encode and decode."""
+        latent_acts = self.encode(x)
+        return SAEOutput(self.decode(latent_acts), latent_acts)
+
+    def error(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_in"]:
+        """What the SAE misses, x - recons, to be added back when only latents are edited."""
+        return x.to(self.dtype) - self.forward(x).recons
+
+    @torch.no_grad()
+    def fold_input_scale(self, scale: float) -> None:
+        """Turn an SAE trained on `scale * x` into one that acts on x, in place.
+
+        Every architecture is homogeneous: divide biases and thresholds by the scale, and latents and
+        reconstructions come out divided by it. Decoder rows keep norm 1 and W_enc does not change.
+        """
+        self.b_enc.div_(scale)
+        self.b_dec.div_(scale)
+        self.sparsity.rescale(1 / scale)
+
+    def save(self, folder: Path | str) -> None:
+        """Write `config.json` and `weights.safetensors`; the folder appears complete or not at all.
+
+        Raises:
+            UserError: the weights are not finite.
+        """
+        state = self.state_dict()
+        for name, tensor in state.items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise UserError(f"{name} of the SAE for {self.config.hook_name!r} is not finite: it is not saved.")
+        with files.atomic_folder(folder) as temporary:
+            files.write_tensors(temporary / WEIGHTS_FILE, state)
+            config = dataclasses.asdict(self.config)
+            files.write_json(temporary / CONFIG_FILE, {"format_version": FORMAT_VERSION, **config})
+
+    @classmethod
+    def load(cls, folder: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> "SAE":
+        """Read a saved SAE. Thresholds stay fp32 whatever `dtype` is.
+
+        Raises:
+            UserError: a file is missing, truncated, or does not fit its config; or the weights are not finite.
+        """
+        folder = Path(folder)
+        config = _read_config(folder / CONFIG_FILE)
+        sae = cls(config)
+        tensors = files.read_tensors(folder / WEIGHTS_FILE)
+        expected = sae.state_dict()
+        where = f"in {str(folder / WEIGHTS_FILE)!r}"
+        for name in sorted(expected.keys() | tensors.keys()):
+            if name not in tensors:
+                raise UserError(f"tensor {name!r} is missing {where}: the file does not fit its config; save it anew.")
+            if name not in expected:
+                raise unknown(f"tensor {where}", name, sorted(expected), "The file does not fit its config.")
+            if tensors[name].shape != expected[name].shape:
+                raise UserError(
+                    f"tensor {name!r} {where} has shape {list(tensors[name].shape)}, but its config says "
+                    f"{list(expected[name].shape)}: the file does not fit its config; save it anew."
+                )
+            if tensors[name].is_floating_point() and not bool(torch.isfinite(tensors[name]).all()):
+                raise UserError(f"tensor {name!r} {where} has values that are not finite: train or convert it anew.")
+        sae.load_state_dict(tensors)
+        return sae.to(device=device, dtype=dtype)
+
+
+def _read_config(path: Path) -> SAEConfig:
+    raw = files.read_json(path)
+    where = f"key in {str(path)!r}"
+    if not isinstance(raw, dict):
+        raise UserError(f"{str(path)!r} is not a mapping: it is not the config of an SAE.")
+    known = {item.name: item for item in dataclasses.fields(SAEConfig)}
+    version = raw.pop("format_version", None)
+    if version != FORMAT_VERSION:
+        raise UserError(f"{str(path)!r} has format_version {version!r}, not {FORMAT_VERSION}: convert it first.")
+    for key in raw:
+        if key not in known:
+            raise unknown(where, key, sorted(known))
+    for name, item in known.items():
+        required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+        if required and name not in raw:
+            raise UserError(f"{str(path)!r} has no {name!r}: add it, or save the SAE anew.")
+    _check_types(raw)
+    return SAEConfig(**raw)
+
+
+def load(path: Path | str, *, device: torch.device | str = "cpu") -> SAE:
+    """Open a trained SAE from its folder, ready for use; see `SAE.load`."""
+    return SAE.load(path, device=device).eval()

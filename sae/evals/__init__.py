@@ -1,0 +1,1 @@
+"""How good an SAE is: reconstruction, and what the language model loses by it."""

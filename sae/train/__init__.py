@@ -1,0 +1,1 @@
+"""Training grids of SAEs from one stream of activations."""

@@ -1,0 +1,106 @@
+"""How a grid of SAEs is trained. Defaults follow the SAEBench / dictionary_learning recipe."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from sae.autoencoder.sparsity import SparsityOptions
+from sae.errors import UserError, unknown
+
+ENCODER_DTYPES = ("auto", "float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Settings shared by every SAE of a run.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+
+    total_tokens: int
+    """Tokens of the stream to train on; rounded down to whole batches."""
+    batch_tokens: int
+    """Tokens per optimiser step; must be the stream's."""
+    lr: float | None = None
+    """Peak learning rate; None means 2e-4 / sqrt(d_sae / 2^14) for each SAE."""
+    lr_warmup_steps: int | None = None
+    """Steps of linear warm-up; None means 1000 or 5% of the run, whichever is shorter."""
+    lr_decay_fraction: float = 0.2
+    """Share of the run, at its end, over which the learning rate falls linearly to 0."""
+    clip: float = 1.0
+    """Largest gradient norm of one SAE; 0 switches clipping off."""
+    auxk_alpha: float = 1 / 32
+    """Weight of the auxiliary loss that revives dead latents; 0 switches it off."""
+    k_aux: int | None = None
+    """Dead latents per token in it; None means d_in / 2."""
+    dead_after_tokens: int = 10_000_000
+    """A latent is dead when it has been silent for this many tokens."""
+    sparsity_warmup_steps: int | None = None
+    """Steps over which penalties grow (relu, jumprelu); None means 5000 or 10% of the run, whichever is shorter."""
+    bandwidth: float = SparsityOptions.bandwidth
+    """Width of JumpReLU's straight-through window, in units where E||x||^2 = d_in."""
+    l0_coefficient: float = SparsityOptions.l0_coefficient
+    """Weight of JumpReLU's ((L0 / target) - 1)^2."""
+    l1_init: float = SparsityOptions.l1_init
+    """Where relu's l1 coefficient starts; it is adapted to meet the target L0."""
+    threshold_beta: float = SparsityOptions.threshold_beta
+    """Decay of BatchTopK's average threshold."""
+    init_batches: int = 4
+    """Batches read to set the input scale, b_dec and thresholds; the stream is then rewound."""
+    encoder_dtype: str = "auto"
+    """Precision of the encoder matmul: float32, bfloat16, or auto (bfloat16 on CUDA only). Weights are always fp32."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints; 0 means by time only."""
+    checkpoint_seconds: float = 300.0
+    """Seconds between checkpoints; 0 means by steps only."""
+    log_every: int = 50
+    """Steps between logged metrics."""
+
+    def __post_init__(self) -> None:
+        for name in ("total_tokens", "batch_tokens", "init_batches", "log_every", "dead_after_tokens"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} = {getattr(self, name)} is less than 1: raise it.")
+        if self.total_tokens < self.batch_tokens:
+            raise UserError(
+                f"total_tokens = {self.total_tokens} is less than one batch of {self.batch_tokens} tokens: raise it."
+            )
+        for name in ("clip", "auxk_alpha", "checkpoint_every", "checkpoint_seconds", "l0_coefficient"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"{name} = {getattr(self, name)} is negative: use 0 or more.")
+        for name in ("lr", "lr_warmup_steps", "sparsity_warmup_steps", "k_aux"):
+            if getattr(self, name) is not None and not getattr(self, name) >= 0:
+                raise UserError(f"{name} = {getattr(self, name)} is negative: use 0 or more, or leave it out.")
+        for name in ("bandwidth", "l1_init"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"{name} = {getattr(self, name)} is not above 0: raise it.")
+        if not 0 <= self.lr_decay_fraction <= 1:
+            raise UserError(f"lr_decay_fraction = {self.lr_decay_fraction} is not between 0 and 1.")
+        if not 0 <= self.threshold_beta < 1:
+            raise UserError(f"threshold_beta = {self.threshold_beta} is not between 0 and 1 (1 excluded).")
+        if self.encoder_dtype not in ENCODER_DTYPES:
+            raise unknown("encoder_dtype", self.encoder_dtype, list(ENCODER_DTYPES))
+
+    @property
+    def n_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return self.total_tokens // self.batch_tokens
+
+    def sparsity_options(self) -> SparsityOptions:
+        """The part of the settings that architectures see."""
+        warmup = self.sparsity_warmup_steps
+        return SparsityOptions(
+            warmup_steps=min(5000, self.n_steps // 10) if warmup is None else warmup,
+            bandwidth=self.bandwidth,
+            l0_coefficient=self.l0_coefficient,
+            l1_init=self.l1_init,
+            # The controller must arrive within the run, yet not race ahead of the weights in a long one.
+            l1_gain=min(0.03, max(0.003, 10 / self.n_steps)),
+            threshold_beta=self.threshold_beta,
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that can change a trained weight; how often to log or save is not among them."""
+        skipped = {"checkpoint_every", "checkpoint_seconds", "log_every"}
+        return {key: value for key, value in dataclasses.asdict(self).items() if key not in skipped}

@@ -1,0 +1,94 @@
+"""Training finds known features and meets the target L0."""
+
+import pytest
+import torch
+from train_toys import HOOK, ToyStream, mcc, orthogonal, unit_rows
+
+from sae.autoencoder.sae import SAE
+from sae.evals.reconstruction import ReconstructionMeter
+from sae.train.grid import grid
+from sae.train.settings import TrainSettings
+from sae.train.trainer import train
+
+
+def held_out(stream, sae, n_batches=4):
+    stream.seed += 1
+    meter = ReconstructionMeter(sae)
+    for _ in range(n_batches):
+        meter.update(stream.next_batch().acts[HOOK])
+    stream.seed -= 1
+    return meter.result()
+
+
+@pytest.fixture(scope="module")
+def t1(tmp_path_factory):
+    """16 orthogonal features in 32 dimensions, as the tutorial of SAELens has it, with a mean and an odd scale."""
+    folder = tmp_path_factory.mktemp("t1")
+    stream = ToyStream({HOOK: orthogonal(16, 32)}, 1024, mean=0.5, scale=7.0)
+    settings = TrainSettings(total_tokens=600_000, batch_tokens=1024, lr=3e-3)
+    result = train(
+        stream, grid([HOOK], [16], ["relu", "batch_topk", "jumprelu"], [4], [0]), settings, folder, lm_name="toy"
+    )
+    return stream, {item.spec.architecture: SAE.load(item.folder) for item in result.saes}
+
+
+@pytest.mark.parametrize("architecture", ["relu", "batch_topk", "jumprelu"])
+def test_recovers_orthogonal_features(t1, architecture):
+    stream, saes = t1
+    found = held_out(stream, saes[architecture])
+    assert mcc(saes[architecture].W_dec.detach(), stream.directions[HOOK]) > 0.99
+    assert found.l0 == pytest.approx(4, rel=0.05)
+    assert found.fvu < (0.1 if architecture == "relu" else 0.01)  # L1 shrinks
+    assert found.dead_fraction == 0
+
+
+def test_topk_recovers_features_when_no_token_has_more_than_k(tmp_path):
+    """Where tokens hold more features than k, a fixed k mixes them; where they do not, it finds them."""
+    stream = ToyStream({HOOK: orthogonal(16, 32)}, 512, at_most=4, mean=0.5, scale=7.0)
+    settings = TrainSettings(total_tokens=400_000, batch_tokens=512, lr=3e-3)
+    result = train(stream, grid([HOOK], [32], ["topk"], [4], [0]), settings, tmp_path, lm_name="toy")
+    sae = SAE.load(result.saes[0].folder)
+    assert mcc(sae.W_dec.detach(), stream.directions[HOOK]) > 0.99
+    found = held_out(stream, sae)
+    assert found.fvu < 0.02
+    assert found.l0 <= 4
+
+
+def test_every_architecture_meets_its_target_in_superposition(tmp_path):
+    """256 features of unequal frequency in 64 dimensions; L0 is measured by inference on held-out tokens."""
+    frequency = 1 / torch.arange(1, 257).float() ** 0.8
+    stream = ToyStream(
+        {HOOK: unit_rows(256, 64)}, 512, p=(8 * frequency / frequency.sum()).clamp(max=0.9), spread=0.3, mean=0.3
+    )
+    settings = TrainSettings(total_tokens=200_000, batch_tokens=512)
+    specs = grid([HOOK], [256], ["relu", "topk", "batch_topk", "jumprelu"], [8], [0])
+    for item in train(stream, specs, settings, tmp_path, lm_name="toy").saes:
+        found = held_out(stream, SAE.load(item.folder))
+        assert found.l0 == pytest.approx(8, rel=0.08), item.spec.architecture
+        assert found.fvu < (0.8 if item.spec.architecture == "relu" else 0.35), item.spec.architecture
+
+
+def test_dead_latents_come_back(tmp_path):
+    """Half the latents start too weak to be chosen, though all are needed; the auxiliary loss revives them."""
+    from sae.train import run as run_module
+
+    stream = ToyStream({HOOK: orthogonal(32, 32)}, 256)
+    original = run_module.initialise
+
+    def spoilt(sae, stats):
+        original(sae, stats)
+        with torch.no_grad():
+            sae.W_enc[:, ::2] *= 0.02
+
+    dead = {}
+    for alpha in (0.0, 1 / 32):
+        settings = TrainSettings(
+            total_tokens=100_000, batch_tokens=256, lr=1e-3, dead_after_tokens=2000, auxk_alpha=alpha
+        )
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(run_module, "initialise", spoilt)
+            specs = grid([HOOK], [48], ["topk"], [4], [0])
+            result = train(stream, specs, settings, tmp_path / str(alpha), lm_name="toy")
+        dead[alpha] = result.saes[0].n_dead
+    assert dead[0.0] >= 20
+    assert dead[1 / 32] <= 4
