@@ -55,8 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _run_hydra(name, overrides)
     except UserError as error:
         _fail(str(error), 2)
-    except KeyboardInterrupt:
-        _fail("stopped; finished stages are kept, and the same command goes on from here.", 130)
+    except KeyboardInterrupt as stop:
+        _fail(str(stop) or "stopped; what is finished is kept, and the same command goes on from there.", 130)
 
 
 def _run_hydra(stage: str, overrides: list[str]) -> None:

@@ -1,0 +1,204 @@
+"""`sae behavior`: find the latents behind a behaviour, and test causally whether they control it.
+
+`behavior.contrast` lists what to search for: `refusal`, `deception` or `style` of the model organism, or JSON-lines
+files of your own (fields: messages, label, topic, and optionally behavior_texts, alternative_texts, answer, split).
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sae.autoencoder.sae import SAE
+from sae.behavior.causal import OtherBehavior
+from sae.behavior.contrast import ContrastSet, load_contrast
+from sae.behavior.find import BehaviorReport, find_behavior
+from sae.behavior.judge import judge_for
+from sae.behavior.results import CausalReport
+from sae.behavior.settings import BehaviorSettings
+from sae.config import RunConfig
+from sae.errors import UserError, unknown
+from sae.files import sha256_file, sha256_json, to_plain, write_json, write_manifest
+from sae.lm.model import LanguageModel
+from sae.organism.corpus import BEHAVIORS, contrast_records
+from sae.report.log import open_sink
+from sae.report.progress import Progress
+from sae.report.terminal import summary_table
+from sae.stages import common
+from sae.stages.train import ensure_trained
+
+# The flat fields every behaviour's record has, whatever else stands beside them.
+SUMMARY = (
+    "hook_name",
+    "latents",
+    "base_rate",
+    "ablate_rate",
+    "ablate_restored_rate",
+    "ablate_degenerate_rate",
+    "clamp_base_rate",
+    "clamp_rate",
+    "clamp_degenerate_rate",
+    "random_ablate_mean",
+    "random_clamp_mean",
+    "direction_ablate_rate",
+    "direction_add_rate",
+    "kl_harmless",
+    "fact_accuracy",
+)
+
+
+def open_contrast(name: str, config: RunConfig, lm: LanguageModel) -> ContrastSet:
+    """A contrast set by name (the organism's) or by path.
+
+    Raises:
+        UserError: an unknown name, or the organism's behaviour asked of another model.
+    """
+    if Path(name).suffix in (".jsonl", ".json"):
+        return load_contrast(name)
+    if name not in BEHAVIORS:
+        raise unknown("contrast set", name, list(BEHAVIORS), "Or give the path of a .jsonl file.")
+    if not common.is_organism(lm):
+        raise UserError(
+            f"contrast set {name!r} is written in the model organism's words and {lm.name!r} is not one: "
+            "give behavior.contrast=[path/to/your.jsonl]."
+        )
+    return load_contrast([dict(record) for record in contrast_records(name, config.behavior.seed)], name)
+
+
+def make_settings(config: RunConfig) -> BehaviorSettings:
+    """The protocol's settings."""
+    options = config.behavior
+    return BehaviorSettings(
+        max_latents=options.max_latents,
+        n_random=options.n_random,
+        n_random_per_size=min(options.n_random, 20),
+        n_prompts=options.n_prompts,
+        n_prompts_random=options.n_prompts_random,
+        max_new_tokens=options.max_new_tokens,
+        seed=options.seed,
+    )
+
+
+def ensure_behaviors(config: RunConfig, lm: LanguageModel) -> dict[str, Any]:
+    """Run the protocol for every configured behaviour, or read its results. Return `result.json`."""
+    clock = common.Clock()
+    paths = ensure_trained(config, lm)
+    contrasts = {}
+    for name in config.behavior.contrast:
+        contrast = open_contrast(name, config, lm)
+        contrasts[contrast.behavior] = contrast
+    folder = config.folder / "behavior"
+    settings = make_settings(config)
+    inputs = {"lm": lm.fingerprint} | {name: sha256_json(item.records) for name, item in contrasts.items()}
+    inputs |= {str(path): sha256_file(path / "weights.safetensors") for path in paths}
+    if common.skip(config, folder, settings, inputs):
+        return common.read_result(folder)
+    saes = [SAE.load(path, device=lm.device) for path in paths]
+    found = {}
+    for name, contrast in contrasts.items():
+        report = _find(lm, saes, contrast, contrasts, settings, config)
+        found[name] = summarise(report, paths)
+        _print(name, report)
+    result = {"schema_version": 1, "behaviors": found, "settings": settings, "wall_s": clock.seconds()}
+    write_json(folder / "result.json", result)
+    _log(config, folder, found)
+    write_manifest(folder, "behavior", settings, inputs)
+    print(f"{folder}: {', '.join(found)} in {clock.seconds():.1f} s, {settings.n_random} random draws a control")
+    return common.read_result(folder)
+
+
+def _find(
+    lm: LanguageModel,
+    saes: list[SAE],
+    contrast: ContrastSet,
+    contrasts: Mapping[str, ContrastSet],
+    settings: BehaviorSettings,
+    config: RunConfig,
+) -> BehaviorReport:
+    others = dict(contrasts)
+    facts = None
+    if common.is_organism(lm):
+        # The organism's other planted behaviours and its facts are side effects whatever is searched for.
+        others |= {name: open_contrast(name, config, lm) for name in BEHAVIORS if name not in others}
+        facts = others["deception"].split("report").negatives
+    with Progress(None, f"behavior {contrast.behavior}", unit="step") as bar:
+
+        def progress(what: str, done: int, total: int) -> None:
+            bar.update(1, now=f"{what} {done}/{total}")
+
+        return find_behavior(
+            lm,
+            saes,
+            contrast,
+            judge_for(contrast.behavior, lm.name if not common.is_organism(lm) else common.ORGANISM),
+            settings,
+            facts=facts,
+            others={
+                name: OtherBehavior(other.split("report").records, judge_for(name, common.ORGANISM))
+                for name, other in others.items()
+                if name != contrast.behavior and common.is_organism(lm)
+            },
+            progress=progress,
+        )
+
+
+def summarise(report: BehaviorReport, paths: list[Path]) -> dict[str, Any]:
+    """One behaviour's record in `result.json`."""
+    record = to_plain(report)
+    causal = record.pop("causal")
+    record["n_random"] = 0 if causal is None else causal["n_random"]
+    record["path"] = None if report.encoder is None else str(paths[report.encoder])
+    record["ranking"] = [{**entry, **_interval(entry)} for entry in record["ranking"]]
+    return {**dict.fromkeys(SUMMARY), **record, **(causal or {})}
+
+
+def _interval(entry: dict[str, Any]) -> dict[str, Any]:
+    """An AUROC's interval, flattened beside it."""
+    interval = entry.get("interval")
+    if isinstance(interval, dict):
+        return {"low": interval.get("low"), "high": interval.get("high")}
+    return {}
+
+
+def _print(name: str, report: BehaviorReport) -> None:
+    print(f"\n{name}: {report.n_significant:,} of {report.n_tested:,} latents pass on the find split")
+    if report.causal is None:
+        print("nothing was found, so nothing is claimed")
+        return
+    print(summary_table([_row(table) for table in report.per_size], list(_row(report.causal))))
+
+
+def _row(table: CausalReport) -> dict[str, Any]:
+    return {
+        "hook_name": table.hook_name,
+        "d_sae": table.d_sae,
+        "latents": table.latents,
+        "base": table.base_rate,
+        "ablated": table.ablate_rate,
+        "restored": table.ablate_restored_rate,
+        "random": table.random_ablate_mean,
+        "unclamped": table.clamp_base_rate,
+        "clamped": table.clamp_rate,
+        "random clamp": table.random_clamp_mean,
+    }
+
+
+def _log(config: RunConfig, folder: Path, found: Mapping[str, Any]) -> None:
+    """Put the ranked latents into the metric sink as a table a person can sort."""
+    with open_sink(
+        folder,
+        wandb_mode=config.log.wandb.value,
+        project=config.log.project,
+        name=f"{config.name}-behavior",
+        config=common.plain(config),
+    ) as sink:
+        for name, record in found.items():
+            ranking = record["ranking"]
+            if ranking:
+                columns = [key for key, value in ranking[0].items() if not isinstance(value, dict)]
+                sink.table(f"latents_{name}", columns, [[entry.get(key) for key in columns] for entry in ranking])
+            sink.summary({f"{name}/{key}": record[key] for key in SUMMARY if key in record})
+
+
+def run(config: RunConfig) -> None:
+    """Run the stage."""
+    ensure_behaviors(config, common.open_lm(config.lm))

@@ -1,0 +1,118 @@
+"""What the stages share: opening the model, naming hook points and folders, saying what was written."""
+
+import hashlib
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from sae.config import DataConfig, LMConfig, RunConfig
+from sae.errors import UserError
+from sae.files import is_done, read_json, sha256_file, to_plain
+from sae.lm.documents import Document, read_documents
+from sae.lm.load import load_lm
+from sae.lm.model import LanguageModel
+from sae.report.progress import Progress
+
+ORGANISM = "organism"
+HASHED_BYTES = 2**30  # larger data files are identified by size and time of change
+
+
+def open_lm(config: LMConfig) -> LanguageModel:
+    """Load the configured language model."""
+    return load_lm(config.name, device=config.device, dtype=config.dtype, chat_template=config.chat_template or None)
+
+
+def pick_hooks(config: RunConfig, lm: LanguageModel) -> list[str]:
+    """The configured hook points, checked; or resid_post at a quarter, half and three quarters of the depth."""
+    names = list(config.harvest.hook_names)
+    if not names:
+        layers = sorted({-(-lm.n_layers * quarter // 4) - 1 for quarter in (1, 2, 3)})
+        names = [f"blocks.{layer}.hook_resid_post" for layer in layers]
+    for name in names:
+        lm.check_hook(name)
+    if len(set(names)) < len(names):
+        raise UserError(f"harvest.hook_names={names} names a hook point twice: give each once.")
+    return names
+
+
+def open_documents(config: DataConfig) -> Iterator[Document]:
+    """The configured text: the organism's corpus, or whatever `data.path` names."""
+    if config.path == ORGANISM:
+        return _organism_documents(config.seed)
+    return read_documents(config.path, kind=config.kind, text_field=config.text_field, split=config.split)
+
+
+def _organism_documents(seed: int, block: int = 1_000) -> Iterator[Document]:
+    """Chats in the organism's world, without end: the reader stops when it has enough tokens."""
+    from sae.organism.corpus import documents
+
+    for number in itertools.count():
+        for chat in documents(block, seed * 1_000_003 + number):
+            yield Document(messages=[dict(message) for message in chat])
+
+
+def data_fingerprint(config: DataConfig) -> str:
+    """Identify the text: content hashes for files, size and time for very large ones, the name otherwise."""
+    path = Path(config.path)
+    if config.path == ORGANISM or not path.exists():
+        return config.path
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    digest = hashlib.sha256()
+    for file in files:
+        stat = file.stat()
+        large = stat.st_size > HASHED_BYTES
+        digest.update(f"{file.name} {stat.st_size} ".encode())
+        digest.update((str(stat.st_mtime_ns) if large else sha256_file(file)).encode())
+    return digest.hexdigest()
+
+
+def skip(config: RunConfig, folder: Path, settings: Any, inputs: dict[str, str]) -> bool:
+    """Tell whether a stage's output is there already, and say so."""
+    if config.force or not is_done(folder, settings, inputs):
+        return False
+    print(f"{folder}: done before with these settings, kept (force=true does it again)")
+    return True
+
+
+class Clock:
+    """Wall time of a stage, in seconds."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+
+    def seconds(self) -> float:
+        """Seconds since the stage began."""
+        return round(time.perf_counter() - self._start, 2)
+
+
+def plain(config: RunConfig) -> dict[str, Any]:
+    """The configuration as plain JSON types."""
+    found = to_plain(config)
+    assert isinstance(found, dict)
+    return found
+
+
+def counter(bar: Progress) -> Callable[[int, int], None]:
+    """Turn a bar, which counts increments, into the (done, all) callback the library's long loops take."""
+
+    def progress(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.done)
+
+    return progress
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """A stage's `result.json`."""
+    found = read_json(folder / "result.json")
+    assert isinstance(found, dict)
+    return found
+
+
+def is_organism(lm: LanguageModel) -> bool:
+    """Tell whether a model speaks the organism's language: the shipped one, one trained anew, or its twin."""
+    from sae.organism.tokenizer import vocabulary
+
+    return set(lm.tokenizer.get_vocab()) == set(vocabulary())

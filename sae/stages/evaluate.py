@@ -1,0 +1,152 @@
+"""`sae eval`: every SAE of a run on held-out tokens, which training never saw.
+
+Reconstruction (L0, FVU, cosine, densities, dead latents) comes from one pass of the language model over the held-out
+rows for all SAEs together; CE and KL from splicing each reconstruction into the model.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sae.activations.harvest import Passes
+from sae.autoencoder.sae import SAE
+from sae.config import RunConfig
+from sae.evals.reconstruction import ReconstructionMeter, ReconstructionResult
+from sae.evals.splice import SpliceResult, splice
+from sae.files import sha256_file, write_json, write_manifest, write_tensors
+from sae.lm.model import LanguageModel
+from sae.lm.tokens import PackedTokens, TokenBatch, sae_mask
+from sae.report.log import open_sink
+from sae.report.progress import Progress
+from sae.report.terminal import summary_table
+from sae.stages import common
+from sae.stages.harvest import ensure_tokens
+from sae.stages.train import ensure_trained
+
+
+def ensure_evaluated(config: RunConfig, lm: LanguageModel) -> list[dict[str, Any]]:
+    """Evaluate the run's SAEs, or read their evaluation. Return one record an SAE, in the order of the grid."""
+    clock = common.Clock()
+    paths = ensure_trained(config, lm)
+    tokens = ensure_tokens(config, lm)
+    folder = config.folder / "eval"
+    settings = {"eval": config.eval, "include_special": config.data.include_special}
+    inputs = {"lm": lm.fingerprint, "tokens": tokens.fingerprint}
+    inputs |= {str(path): sha256_file(path / "weights.safetensors") for path in paths}
+    if common.skip(config, folder, settings, inputs):
+        return common.read_result(folder)["saes"]
+    saes = [SAE.load(path, device=lm.device) for path in paths]
+    reconstruction = measure_reconstruction(lm, saes, tokens.corpus.held_out, config)
+    spliced = _splice_all(lm, saes, tokens.corpus.held_out, config)
+    records = [
+        _record(path, sae, found, damage)
+        for path, sae, found, damage in zip(paths, saes, reconstruction, spliced, strict=True)
+    ]
+    for path, found in zip(paths, reconstruction, strict=True):
+        name = str(path.relative_to(config.folder / "train")).replace("/", "-")
+        write_tensors(folder / "density" / f"{name}.safetensors", {"density": found.density.float()})
+    wall = clock.seconds()
+    write_json(folder / "result.json", {"schema_version": 1, "saes": records, "wall_s": wall})
+    _log(config, folder, records)
+    write_manifest(folder, "eval", settings, inputs)
+    columns = ["hook_name", "architecture", "d_sae", "l0", "fvu", "ce_recovered", "delta_ce", "kl", "dead_fraction"]
+    print(summary_table(records, columns))
+    print(f"{folder}: {len(records)} SAEs on {records[0]['n_tokens']:,} held-out tokens in {wall:.1f} s")
+    return records
+
+
+def measure_reconstruction(
+    lm: LanguageModel, saes: list[SAE], held_out: PackedTokens, config: RunConfig
+) -> list[ReconstructionResult]:
+    """Run the model once over the held-out rows and feed every SAE."""
+    hooks = list(dict.fromkeys(sae.config.hook_name for sae in saes))
+    passes = Passes(
+        lm,
+        held_out,
+        hooks,
+        batch_tokens=config.harvest.batch_tokens,
+        include_special=config.data.include_special,
+    )
+    meters = [ReconstructionMeter(sae) for sae in saes]
+    with Progress(len(passes), "evaluate reconstruction", unit="pass") as bar:
+        for number in range(len(passes)):
+            acts = passes(number).acts
+            for meter in meters:
+                meter.update(acts[meter.sae.config.hook_name])
+            bar.update()
+    return [meter.result() for meter in meters]
+
+
+def _splice_all(
+    lm: LanguageModel, saes: list[SAE], held_out: PackedTokens, config: RunConfig
+) -> list[SpliceResult | None]:
+    if not config.eval.splice:
+        return [None] * len(saes)
+    found: list[SpliceResult | None] = []
+
+    def seen(batch: TokenBatch) -> torch.Tensor:
+        return sae_mask(batch.roles, config.data.include_special)
+
+    with Progress(len(saes), "evaluate splicing", unit="SAE") as bar:
+        for sae in saes:
+            found.append(splice(lm, sae, _batches(held_out, config.eval.batch_seqs, lm.device), splice_mask=seen))
+            bar.update()
+    return found
+
+
+def _batches(packed: PackedTokens, batch_seqs: int, device: str) -> Iterator[TokenBatch]:
+    """Held-out rows, shortest first so that little is padded, each batch cut to its longest row."""
+    order = torch.argsort(packed.mask.sum(dim=1), stable=True)
+    for start in range(0, len(order), batch_seqs):
+        rows = order[start : start + batch_seqs]
+        yield packed.batch(rows).select(range(len(rows))).to(device)
+
+
+def _record(path: Path, sae: SAE, found: ReconstructionResult, damage: SpliceResult | None) -> dict[str, Any]:
+    record: dict[str, Any] = {
+        "hook_name": sae.config.hook_name,
+        "d_sae": sae.config.d_sae,
+        "architecture": sae.config.architecture,
+        "l0_target": sae.config.l0,
+        "seed": sae.config.seed,
+        "path": str(path),
+        "l0": found.l0,
+        "fvu": found.fvu,
+        "cosine": found.cosine,
+        "mse": found.mse,
+        "relative_bias": found.relative_bias,
+        "dead_fraction": found.dead_fraction,
+        "n_tokens": found.n_tokens,
+        "density_histogram": {
+            "edges": found.density_histogram.log10_edges,
+            "counts": found.density_histogram.counts,
+        },
+    }
+    for name in SpliceResult._fields:
+        if name != "n_tokens":
+            record[name] = None if damage is None else getattr(damage, name)
+    return record
+
+
+def _log(config: RunConfig, folder: Path, records: list[dict[str, Any]]) -> None:
+    """Put the table and the density histograms into the metric sink."""
+    with open_sink(
+        folder,
+        wandb_mode=config.log.wandb.value,
+        project=config.log.project,
+        name=f"{config.name}-eval",
+        config=common.plain(config),
+    ) as sink:
+        columns = [name for name in records[0] if name != "density_histogram"]
+        sink.table("saes", columns, [[record[name] for name in columns] for record in records])
+        for record in records:
+            histogram = record["density_histogram"]
+            name = Path(record["path"]).name
+            sink.histogram(f"{record['hook_name']}/{name}/log10_density", histogram["counts"], histogram["edges"], 0)
+
+
+def run(config: RunConfig) -> None:
+    """Run the stage."""
+    ensure_evaluated(config, common.open_lm(config.lm))

@@ -1,0 +1,31 @@
+"""`sae report`: write the run's page, `<run>/report.html`, from the results of whatever stages it has."""
+
+from pathlib import Path
+
+from sae.config import RunConfig, WandbMode
+from sae.errors import UserError
+from sae.report.html import write_report
+from sae.report.log import open_sink
+from sae.stages import common
+
+
+def write(config: RunConfig) -> Path:
+    """Write the page, and hand it to wandb where that is on."""
+    page = Path(write_report(config.folder))
+    if config.log.wandb is not WandbMode.off:
+        with open_sink(
+            config.folder / "report",
+            wandb_mode=config.log.wandb.value,
+            project=config.log.project,
+            name=f"{config.name}-report",
+            config=common.plain(config),
+        ) as sink:
+            sink.html("report", page)
+    return page
+
+
+def run(config: RunConfig) -> None:
+    """Run the stage."""
+    if not config.folder.is_dir():
+        raise UserError(f"there is no run {str(config.folder)!r}: give name= of a run in {config.runs!r}.")
+    print(write(config))

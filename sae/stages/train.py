@@ -1,0 +1,161 @@
+"""`sae train`: a grid of autoencoders from one stream of activations.
+
+The grid is every combination of `harvest.hook_names`, `sae.d_sae`, `sae.architecture`, `sae.l0` and `sae.seed`.
+Activations come from the store (harvested first when it is not there) or live from the language model
+(`train.stream=live`). A run that was stopped or killed goes on from its last checkpoint.
+"""
+
+from pathlib import Path
+
+import torch
+
+from sae.activations.store import StoreReader
+from sae.activations.stream import ActivationStream, LiveStream, StoreStream
+from sae.config import RunConfig, Stream
+from sae.files import sha256_json, write_json, write_manifest
+from sae.lm.model import LanguageModel
+from sae.report.log import open_sink
+from sae.report.progress import Progress
+from sae.report.terminal import summary_table
+from sae.stages import common
+from sae.stages.harvest import ensure_store, ensure_tokens, make_passes
+from sae.train.checkpoint import latest
+from sae.train.grid import SAESpec, grid
+from sae.train.settings import TrainSettings
+from sae.train.trainer import CHECKPOINTS, Interrupted, TrainResult, train
+
+
+def open_stream(config: RunConfig, lm: LanguageModel) -> ActivationStream:
+    """The configured stream of training activations."""
+    if config.train.stream is Stream.store:
+        folder, _ = ensure_store(config, lm)
+        return StoreStream(StoreReader(folder), batch_tokens=config.train.batch_tokens, seed=config.train.seed)
+    tokens = ensure_tokens(config, lm)
+    passes = make_passes(config, lm, tokens)
+    mean_tokens = max(1, passes.n_tokens // len(passes))
+    return LiveStream(
+        passes,
+        n_passes=len(passes),
+        passes_per_window=max(1, config.train.live_buffer_tokens // mean_tokens),
+        d_in=passes.d_in,
+        batch_tokens=config.train.batch_tokens,
+        seed=config.train.seed,
+        fingerprint=sha256_json([lm.fingerprint, tokens.fingerprint, config.harvest.batch_tokens]),
+    )
+
+
+def make_settings(config: RunConfig) -> TrainSettings:
+    """The trainer's settings."""
+    options = config.train
+    return TrainSettings(
+        total_tokens=options.total_tokens,
+        batch_tokens=options.batch_tokens,
+        lr=options.lr,
+        lr_warmup_steps=options.lr_warmup_steps,
+        lr_decay_fraction=options.lr_decay_fraction,
+        clip=options.clip,
+        auxk_alpha=options.auxk_alpha,
+        dead_after_tokens=options.dead_after_tokens,
+        encoder_dtype=options.encoder_dtype,
+        checkpoint_seconds=options.checkpoint_seconds,
+        log_every=options.log_every,
+    )
+
+
+def ensure_trained(config: RunConfig, lm: LanguageModel) -> list[Path]:
+    """Train the grid, or find it trained already. Return the SAEs' folders, in the order of the grid."""
+    specs = grid(
+        common.pick_hooks(config, lm),
+        config.sae.d_sae,
+        config.sae.architecture,
+        config.sae.l0,
+        config.sae.seed,
+    )
+    stream = open_stream(config, lm)
+    settings = make_settings(config)
+    folder = config.folder / "train"
+    identity = {"specs": specs, "settings": settings.identity(), "stream": config.train.stream}
+    inputs = {"lm": lm.fingerprint, "stream": stream.fingerprint}
+    if common.skip(config, folder, identity, inputs):
+        return [folder / spec.folder for spec in specs]
+    (folder / "manifest.json").unlink(missing_ok=True)
+    result = _train(config, lm, stream, specs, settings, folder)
+    _write_result(config, folder, result)
+    write_manifest(folder, "train", identity, inputs)
+    return [folder / spec.folder for spec in specs]
+
+
+def _train(
+    config: RunConfig,
+    lm: LanguageModel,
+    stream: ActivationStream,
+    specs: list[SAESpec],
+    settings: TrainSettings,
+    folder: Path,
+) -> TrainResult:
+    checkpoint = latest(folder / CHECKPOINTS)
+    device = config.train.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    with (
+        open_sink(
+            folder,
+            wandb_mode=config.log.wandb.value,
+            project=config.log.project,
+            name=config.name,
+            config=common.plain(config),
+            resume_step=None if checkpoint is None else int(checkpoint.name.split("-")[1]),
+        ) as sink,
+        Progress(settings.n_steps, f"train {len(specs)} SAEs", unit="step") as bar,
+    ):
+        try:
+            return train(
+                stream,
+                specs,
+                settings,
+                folder,
+                lm_name=lm.name,
+                lm_fingerprint=lm.fingerprint,
+                sink=sink,
+                device=device,
+                progress=common.counter(bar),
+                overwrite=config.force,
+            )
+        except Interrupted as stop:
+            raise KeyboardInterrupt(str(stop)) from None
+
+
+def _write_result(config: RunConfig, folder: Path, result: TrainResult) -> None:
+    saes = [
+        {
+            "hook_name": item.spec.hook_name,
+            "d_sae": item.spec.d_sae,
+            "architecture": item.spec.architecture,
+            "l0_target": item.spec.l0,
+            "seed": item.spec.seed,
+            "path": str(item.folder),
+            "final": {"l0": item.l0, "fvu": item.fvu, "n_dead": item.n_dead},
+        }
+        for item in result.saes
+    ]
+    write_json(
+        folder / "result.json",
+        {
+            "schema_version": 1,
+            "saes": saes,
+            "n_steps": result.n_steps,
+            "n_tokens": result.n_tokens,
+            "wall_s": round(result.seconds, 2),
+        },
+    )
+    rows = [
+        [item.spec.hook_name, item.spec.architecture, item.spec.d_sae, item.l0, item.fvu, item.n_dead]
+        for item in result.saes
+    ]
+    print(summary_table(rows, ["hook_name", "architecture", "d_sae", "l0", "fvu", "n_dead"]))
+    print(f"{folder}: {len(rows)} SAEs on {result.n_tokens:,} tokens in {result.seconds:.1f} s")
+
+
+def run(config: RunConfig) -> None:
+    """Run the stage."""
+    ensure_trained(config, common.open_lm(config.lm))

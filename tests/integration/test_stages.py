@@ -1,0 +1,182 @@
+"""Every stage through the command line, on a tiny random model."""
+
+import json
+
+import pytest
+from safetensors.torch import load_file
+
+from sae.autoencoder.sae import SAE
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def weights(run):
+    return {
+        str(path.relative_to(run)): load_file(path) for path in sorted((run / "train").rglob("weights.safetensors"))
+    }
+
+
+def same(one, two):
+    return one.keys() == two.keys() and all(
+        (one[name][key] == two[name][key]).all() for name in one for key in one[name]
+    )
+
+
+def test_a_grid_is_harvested_trained_evaluated_and_reported(sae):
+    status, _, err = sae("eval", "name=grid", "sae.architecture=[topk,relu]")
+    assert status == 0, err
+    run = sae.folder / "grid"
+    store = read(run / "harvest" / "store.json")
+    assert store["hook_names"] == ["blocks.0.hook_resid_post", "blocks.1.hook_mlp_out"]
+    assert store["n_tokens"] > 1000
+    saes = read(run / "eval" / "result.json")["saes"]
+    assert len(saes) == 2 * 2 * 2
+    for entry in saes:
+        assert 0 < entry["fvu"] < 1.5
+        assert entry["kl"] >= 0
+        assert entry["n_tokens"] > 100
+        encoder = SAE.load(entry["path"])
+        assert encoder.config.hook_name == entry["hook_name"]
+        assert encoder.config.lm_fingerprint == store["lm_fingerprint"]
+    assert (run / "train" / "blocks.0.hook_resid_post" / "topk-32-l0_4-s0" / "weights.safetensors").is_file()
+    for stage in ("harvest", "train", "eval"):
+        manifest = read(run / stage / "manifest.json")
+        assert manifest["stage"] == stage
+        assert manifest["versions"]["torch"]
+    metrics = [json.loads(line) for line in (run / "train" / "metrics.jsonl").read_text().splitlines()]
+    assert any(key.endswith("/fvu") for key in metrics[-1])
+    status, _, err = sae("report", "name=grid", defaults=False)
+    assert status == 0, err
+    assert "blocks.1.hook_mlp_out" in (run / "report.html").read_text()
+
+
+def test_finished_work_is_kept_and_force_does_it_again(sae):
+    assert sae("train", "name=again")[0] == 0
+    run = sae.folder / "again"
+    before = weights(run)
+    written = (run / "harvest" / "store.json").stat().st_mtime_ns
+    status, out, err = sae("train", "name=again")
+    assert status == 0, err
+    assert out.count("done before") == 2
+    assert (run / "harvest" / "store.json").stat().st_mtime_ns == written
+    status, out, err = sae("train", "name=again", "force=true")
+    assert status == 0, err
+    assert "done before" not in out
+    assert same(weights(run), before), "the same seed gives the same weights"
+    # Another configuration is not mistaken for the same one.
+    status, _, err = sae("train", "name=again", "sae.l0=[5]")
+    assert status == 2
+    assert "again" in err
+    assert same(weights(run), before)
+
+
+def test_live_training_needs_no_store(sae):
+    status, _, err = sae("train", "name=live", "train.stream=live", "train.live_buffer_tokens=1000")
+    assert status == 0, err
+    assert not (sae.folder / "live" / "harvest").exists()
+    assert len(weights(sae.folder / "live")) == 4
+
+
+def test_a_multirun_gives_each_job_a_folder_and_shares_the_store(sae):
+    assert sae("harvest", "name=sweep")[0] == 0
+    status, _, err = sae("train", "-m", "name=sweep", "sae.seed=[0],[1]")
+    assert status == 0, err
+    run = sae.folder / "sweep"
+    jobs = [weights(run / "job0"), weights(run / "job1")]
+    assert len(jobs[0]) == len(jobs[1]) == 4
+    assert jobs[0].keys() != jobs[1].keys()
+    assert not (run / "job0" / "harvest").exists()
+
+
+def test_steering_from_the_command_line(sae, model):
+    assert sae("train", "name=steer")[0] == 0
+    folder = sae.folder / "steer" / "train" / "blocks.0.hook_resid_post" / "topk-32-l0_4-s0"
+    clamp = (f"steer.sae={folder}", "steer.latent=3", "steer.value=50", "steer.prompts=[the cat]")
+    status, _, err = sae("steer", "name=steer", *clamp, "steer.max_new_tokens=4")
+    assert status == 0, err
+    found = read(sae.folder / "steer" / "steer" / "result.json")["generations"][0]
+    assert found["plain"] != found["steered"]
+    status, _, err = sae("steer", "name=steer", *clamp, "steer.latent=32")
+    assert status == 2
+    assert "32" in err
+
+
+def test_presets_compose():
+    """Every YAML preset fills the schema."""
+    from hydra import compose, initialize_config_dir
+
+    from sae import config
+
+    config.register()
+    folder = config.configs_folder()
+    groups = list(folder.glob("*/*.yaml"))
+    assert groups
+    with initialize_config_dir(str(folder), version_base=None):
+        for path in folder.glob("*.yaml"):
+            config.build(compose(path.stem))
+        for path in groups:
+            overrides = [f"{path.parent.name}={path.stem}"]
+            if path.stem == "text":
+                overrides.append("data.path=some.txt")
+            config.build(compose("train", overrides=overrides))
+
+
+def test_the_configuration_surface_is_frozen():
+    """A key that goes or comes is a change users see: note it in CHANGELOG.md, then change this list."""
+    from sae.config import keys
+
+    top = [key for key in keys() if "." not in key]
+    assert top == [
+        "name", "runs", "lm", "data", "harvest", "sae", "train", "eval", "behavior", "steer", "organism", "log",
+        "force", "job",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["lm.name=no/such/model/folder"], "no/such/model/folder"),
+        (["harvest.hook_names=[blocks.9.hook_resid_post]"], "blocks.9.hook_resid_post"),
+        (["data.path=missing.txt"], "missing.txt"),
+        (["sae.architecture=[topkk]"], "topkk"),
+        (["sae.d_sae=[2]"], "2"),
+        (["sae.d_sae=[]"], "d_sae"),
+        (["train.bach_tokens=3"], "train.bach_tokens"),
+        (["+extra=1"], "extra"),
+        (["harvest.dtype=int3"], "int3"),
+        (["train.total_tokens=1"], "train.total_tokens=1"),
+        (["data.text_field=body"], "body"),
+        (["name=a/b"], "a/b"),
+        (["lm.device=tpu"], "tpu"),
+        (["train.stream=disk"], "disk"),
+        (["sae=nope"], "nope"),
+    ],
+)
+def test_bad_input_stops_with_one_sentence_and_leaves_nothing(sae, overrides, named):
+    status, _, err = sae("train", *overrides)
+    assert status == 2
+    lines = [line for line in err.splitlines() if line.startswith("sae:")]
+    assert len(lines) == 1
+    assert "Traceback" not in err
+    assert named in lines[0]
+    assert not list(sae.folder.rglob("*.tmp"))
+    assert not list(sae.folder.rglob("manifest.json")) or "sae" in overrides[0]
+
+
+def test_bad_behavior_input(sae, tmp_path):
+    assert sae("train", "name=b")[0] == 0
+    status, _, err = sae("behavior", "name=b")
+    assert status == 2
+    assert "refusal" in err
+    assert ".jsonl" in err
+    empty, one_class = tmp_path / "empty.jsonl", tmp_path / "one.jsonl"
+    empty.write_text("")
+    record = {"messages": [{"role": "user", "content": "hi"}], "label": 1, "topic": "a"}
+    one_class.write_text(json.dumps(record) + "\n")
+    for path, words in ((empty, "no records"), (one_class, "one")):
+        status, _, err = sae("behavior", "name=b", f"behavior.contrast=[{path}]")
+        assert status == 2, err
+        assert words in err
+        assert not (sae.folder / "b" / "behavior").exists()
