@@ -23,6 +23,8 @@ class Stage(NamedTuple):
     summary: str
 
 
+RECIPE = "recipe.json"  # in a run's folder: the settings it was begun with
+
 STAGES = {
     "demo": Stage("sae.stages.demo", "the whole path on one model, ending in a report"),
     "organism": Stage("sae.stages.organism", "train the model organism anew, or measure the one shipped"),
@@ -59,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(str(stop) or "stopped; what is finished is kept, and the same command goes on from there.", 130)
 
 
-def _run_hydra(stage: str, overrides: list[str]) -> None:
+def _run_hydra(stage: str, given: list[str]) -> None:
     import hydra
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
@@ -69,18 +71,31 @@ def _run_hydra(stage: str, overrides: list[str]) -> None:
     config.register()
     # Hydra would print a trace of its own and exit; we want the exception, to say it in one sentence.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    # Hydra takes flags before or after all overrides, but not among them; people write them anywhere.
+    overrides = [item for item in given if "=" in item and not item.startswith("-")]
+    flags = [item for item in given if item not in overrides]
+    recipe = _recipe(stage, overrides)
 
     def job(composed: Any) -> None:
+        where = ""
         try:
-            _run_stage(stage, composed)
+            built = config.build(composed)
+            built.job = _job_name()
+            where = f"{built.job}: " if built.job else ""
+            importlib.import_module(STAGES[stage].module).run(built)
+            if not built.job:
+                _remember(recipe, built.folder)
+        except KeyboardInterrupt:
+            if (built.folder / "tokens").is_dir() and not built.job:
+                _remember(recipe, built.folder)
+            raise
         except UserError as error:
-            _fail(str(error), 2)  # here, since Hydra announces exceptions that leave a job in its own words
+            _fail(where + str(error), 2)  # here, since Hydra announces exceptions that leave a job in its own words
+        except OSError as error:
+            _fail(f"{where}{error.strerror or error}: {error.filename or 'check the disk and its permissions'}.", 2)
 
-    entry = hydra.main(version_base=None, config_path=str(config.configs_folder()), config_name=stage)(job)
-    # Hydra takes flags before or after all overrides, but not among them; people write them anywhere.
-    keys = [item for item in overrides if "=" in item and not item.startswith("-")]
-    flags = [item for item in overrides if item not in keys]
-    saved, sys.argv = sys.argv, [f"sae {stage}", *flags, *keys]
+    entry = hydra.main(version_base=None, config_path=str(config.configs_folder()), config_name=recipe.config)(job)
+    saved, sys.argv = sys.argv, [f"sae {stage}", *flags, *recipe.overrides]
     try:
         entry()
     except (HydraException, OmegaConfBaseException) as error:
@@ -89,19 +104,45 @@ def _run_hydra(stage: str, overrides: list[str]) -> None:
         sys.argv = saved
 
 
-def _run_stage(stage: str, composed: Any) -> None:
+def _job_name() -> str:
+    """In a multirun each job has its own folder inside the run's; what is harvested for the run is shared."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from sae import config
+    found = HydraConfig.get()
+    return f"job{found.job.num}" if found.mode == RunMode.MULTIRUN else ""
 
-    built = config.build(composed)
-    hydra_config = HydraConfig.get()
-    if hydra_config.mode == RunMode.MULTIRUN:
-        # Each job of a multirun has its own folder inside the run's; a harvest made for the run is shared.
-        built.job = f"job{hydra_config.job.num}"
-    module = importlib.import_module(STAGES[stage].module)
-    module.run(built)
+
+class Recipe(NamedTuple):
+    """How a run's configuration is composed: a config file and overrides."""
+
+    config: str
+    overrides: list[str]
+
+
+def _recipe(stage: str, overrides: list[str]) -> Recipe:
+    """Go on with the settings a run was begun with; what is given now comes on top.
+
+    So `sae behavior name=demo` works on what `sae demo` made, without repeating its settings.
+    """
+    from sae.files import read_json
+
+    values = dict(item.split("=", 1) for item in overrides if item.startswith(("name=", "runs=")))
+    default = "demo" if stage == "demo" else "run"
+    path = Path(values.get("runs", "runs")) / values.get("name", default) / RECIPE
+    if not path.is_file():
+        return Recipe(stage, overrides)
+    kept = read_json(path)
+    merged = {item.split("=", 1)[0]: item for item in (*kept["overrides"], *overrides)}
+    return Recipe(kept["config"], list(merged.values()))
+
+
+def _remember(recipe: Recipe, folder: Path) -> None:
+    """Note the settings of a run that has got somewhere; single-use keys are left out."""
+    from sae.files import write_json
+
+    kept = [item for item in recipe.overrides if not item.startswith(("force=", "steer.", "organism.action="))]
+    write_json(folder / RECIPE, {"config": recipe.config, "overrides": kept})
 
 
 def _one_sentence(error: BaseException) -> str:
@@ -111,6 +152,11 @@ def _one_sentence(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     first = lines[0].rstrip(".") if lines else type(error).__name__
     cause = str(error.__cause__ or "").splitlines()
+    quoting = "quote values with special characters, 'key=\"value\"', and join several values as key=[a,b]."
+    if re.search("parsing override|mismatched input|no viable alternative|Lexer", first):
+        return f"{first}: {quoting}"
+    if "Ambiguous value" in first:
+        return f"{first}: {quoting[:-1]}, or add -m to run each value."
     missing = re.match(r"Could not override '([^']+)'", first)
     if missing:
         return str(unknown("configuration key", missing[1], keys(), "`sae <stage> --cfg job` prints every key."))
@@ -123,6 +169,8 @@ def _one_sentence(error: BaseException) -> str:
 
 
 def _usage() -> str:
+    from sae.config import configs_folder
+
     width = max(map(len, STAGES))
     stages = "\n".join(f"  {name:<{width}}  {stage.summary}" for name, stage in STAGES.items())
     return (
@@ -133,7 +181,7 @@ def _usage() -> str:
         "  sae train lm.name=./my-model data.path=./text.jsonl sae.d_sae=[1024,4096] name=mine\n"
         "  sae train -m sae=topk,batch_topk name=sweep\n"
         "  sae eval --cfg job          # print the composed configuration\n"
-        f"\npresets: {Path(__file__).resolve().parent.parent / 'configs'}"
+        f"\npresets: {configs_folder()}"
     )
 
 

@@ -77,6 +77,7 @@ class DataConfig:
             f"data.n_tokens={self.n_tokens} leaves nothing to train on: give a positive number.",
         )
         _require(self.n_eval_tokens >= 1, f"data.n_eval_tokens={self.n_eval_tokens} leaves nothing to test on.")
+        _require(self.seed >= 0, f"data.seed={self.seed} is negative: give 0 or more.")
 
 
 @dataclass
@@ -98,6 +99,7 @@ class HarvestConfig:
             self.dtype in ("bfloat16", "float16", "float32"),
             f"harvest.dtype={self.dtype!r} is not a storage type: use bfloat16, float16 or float32.",
         )
+        _require(self.seed >= 0, f"harvest.seed={self.seed} is negative: give 0 or more.")
 
 
 @dataclass
@@ -136,14 +138,21 @@ class TrainConfig:
             self.total_tokens >= self.batch_tokens,
             f"train.total_tokens={self.total_tokens} is less than one batch of {self.batch_tokens}: raise it.",
         )
+        _require(self.seed >= 0, f"train.seed={self.seed} is negative: give 0 or more.")
+        _require(
+            self.live_buffer_tokens >= 1, f"train.live_buffer_tokens={self.live_buffer_tokens} must be at least 1."
+        )
 
 
 @dataclass
 class EvalConfig:
     """Evaluation on the held-out tokens."""
 
-    batch_seqs: int = 64
+    batch_tokens: int = 4_096  # tokens in one forward pass with logits, padding included
     splice: bool = True  # CE and KL with the reconstruction spliced in
+
+    def __post_init__(self) -> None:
+        _require(self.batch_tokens >= 1, f"eval.batch_tokens={self.batch_tokens} must be at least 1.")
 
 
 @dataclass
@@ -160,6 +169,7 @@ class BehaviorConfig:
 
     def __post_init__(self) -> None:
         _require(self.n_random >= 1, f"behavior.n_random={self.n_random}: controls need at least one draw.")
+        _require(self.seed >= 0, f"behavior.seed={self.seed} is negative: give 0 or more.")
         _require(self.max_latents >= 1, f"behavior.max_latents={self.max_latents} must be at least 1.")
 
 
@@ -223,6 +233,9 @@ class RunConfig:
     def __post_init__(self) -> None:
         bad = not self.name or self.name in (".", "..") or any(c in self.name for c in "/\\\0")
         _require(not bad, f"name={self.name!r} is not a folder name: use letters, digits, '-' and '_'.")
+        _require(
+            len(self.name) <= 100, f"name={self.name[:20]!r}... is {len(self.name)} characters long: use 100 or fewer."
+        )
 
     @property
     def folder(self) -> Path:

@@ -16,7 +16,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,7 +52,11 @@ def atomic_path(target: Path | str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(target: Path | str) -> Iterator[Path]:
-    """Yield a temporary folder beside `target`; it replaces `target` if the block succeeds, else it is deleted."""
+    """Yield a temporary folder beside `target`; it replaces `target` if the block succeeds, else it is deleted.
+
+    Where `target` exists, it is moved aside before the new one takes its name: a kill between the two renames leaves
+    the old one as `.<name>.*.old/old`, complete.
+    """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
@@ -69,6 +73,28 @@ def atomic_folder(target: Path | str) -> Iterator[Path]:
             os.replace(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def lock(folder: Path | str, waiting: Callable[[], None] | None = None) -> Iterator[None]:
+    """Hold a folder for this process; wait while another holds it. A killed process lets go by itself.
+
+    Args:
+        folder: the folder; the lock is the file `.<name>.lock` beside it.
+        waiting: called once if there is a wait.
+    """
+    import fcntl
+
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / f".{folder.name}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if waiting is not None:
+                waiting()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def write_text(path: Path | str, text: str) -> None:

@@ -6,6 +6,7 @@ documents -> prepare() -> Corpus(train, held_out) -> Passes -> harvest() -> stor
 
 import hashlib
 import json
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from itertools import tee
 from pathlib import Path
@@ -23,7 +24,7 @@ from sae.activations.store import (
     estimate_bytes,
 )
 from sae.errors import UserError
-from sae.files import read_tensors, write_tensors
+from sae.files import atomic_folder, read_tensors, write_tensors
 from sae.lm.documents import Document
 from sae.lm.model import LanguageModel
 from sae.lm.tokens import PackedTokens, Role, TokenBatch, Tokenized, pack, sae_mask
@@ -58,33 +59,49 @@ def prepare(
         documents: texts or chats.
         ctx_len: tokens in a row.
         packing: ``"concat"``, ``"document"``, or ``"auto"``: document for chats, concat for running text.
-        n_tokens: tokens wanted for training.
-        n_held_out_tokens: tokens wanted for evaluation.
+        n_tokens: tokens wanted for training; the last text is cut to fit.
+        n_held_out_tokens: tokens wanted for evaluation, likewise.
 
     Raises:
         UserError: the documents give no training or no held-out tokens.
     """
-    sides: dict[bool, list[Tokenized]] = {False: [], True: []}
-    counts = {False: 0, True: 0}
-    wanted = {False: n_tokens, True: n_held_out_tokens}
-    seen_chat = False
-    asked, answered = tee(_needed(documents, counts, wanted))
+    sides = {False: _Side(n_tokens), True: _Side(n_held_out_tokens)}
+    seen_chat, n_read = False, 0
+    asked, answered = tee(_needed(documents, sides))
     for document, tokenized in zip(answered, lm.tokenize_documents(asked), strict=True):
-        held_out = is_held_out(document)
         seen_chat = seen_chat or document.messages is not None
-        if counts[held_out] < wanted[held_out]:
-            sides[held_out].append(tokenized)
-            cut = packing == "document" or (packing == "auto" and seen_chat)
-            counts[held_out] += min(len(tokenized.tokens), ctx_len) if cut else len(tokenized.tokens)
-    if not sides[False]:
+        n_read += 1
+        a_row_each = packing == "document" or (packing == "auto" and seen_chat)
+        sides[is_held_out(document)].add(tokenized, ctx_len if a_row_each else None)
+    if not sides[False].texts:
         raise UserError("the text gives no training tokens: check data.path, data.text_field and data.n_tokens.")
-    if not sides[True]:
+    if not sides[True].texts:
         raise UserError(
-            f"the text is too short to hold any of it out ({len(sides[False])} documents): give more documents; "
+            f"the text is too short to hold any of it out ({n_read} documents): give more documents; "
             "separate texts in a .txt file by a line <|endoftext|> or use JSON lines."
         )
     mode = ("document" if seen_chat else "concat") if packing == "auto" else packing
-    return Corpus(*(pack(sides[side], ctx_len, mode, lead_id=lm.lead_id) for side in (False, True)))
+    return Corpus(*(pack(sides[side].tokenized(), ctx_len, mode, lead_id=lm.lead_id) for side in (False, True)))
+
+
+class _Side:
+    """The texts of one side of the split, in compact arrays (Python ints would take ten times the memory)."""
+
+    def __init__(self, wanted: int) -> None:
+        self.missing = wanted
+        self.texts: list[tuple[array, array]] = []
+
+    def add(self, text: Tokenized, longest: int | None) -> None:
+        """Keep a text, cut to `longest` tokens and to what is still missing."""
+        length = min(len(text.tokens), self.missing, longest or len(text.tokens))
+        if length > 0:
+            self.texts.append((array("i", text.tokens[:length]), array("B", text.roles[:length])))
+            self.missing -= length
+
+    def tokenized(self) -> Iterator[Tokenized]:
+        """The texts, as they were added."""
+        for tokens, roles in self.texts:
+            yield Tokenized(tokens.tolist(), roles.tolist())
 
 
 def is_held_out(document: Document) -> bool:
@@ -93,18 +110,19 @@ def is_held_out(document: Document) -> bool:
     return int(hashlib.sha256(str(content).encode()).hexdigest()[:12], 16) % HELD_OUT_EVERY == 0
 
 
-def _needed(documents: Iterable[Document], counts: dict[bool, int], wanted: dict[bool, int]) -> Iterator[Document]:
+def _needed(documents: Iterable[Document], sides: dict[bool, _Side]) -> Iterator[Document]:
     for document in documents:
-        if all(counts[side] >= wanted[side] for side in counts):
+        if all(side.missing <= 0 for side in sides.values()):
             return
-        if counts[is_held_out(document)] < wanted[is_held_out(document)]:
+        if sides[is_held_out(document)].missing > 0:
             yield document
 
 
 def save_corpus(folder: Path, corpus: Corpus) -> None:
-    """Write both sides as safetensors."""
-    for name, packed in corpus._asdict().items():
-        write_tensors(folder / f"{name}.safetensors", packed._asdict())
+    """Write both sides as safetensors, together or not at all."""
+    with atomic_folder(folder) as temporary:
+        for name, packed in corpus._asdict().items():
+            write_tensors(temporary / f"{name}.safetensors", packed._asdict())
 
 
 def load_corpus(folder: Path) -> Corpus:
@@ -179,6 +197,7 @@ def harvest(
     shard_tokens: int,
     dtype: str,
     seed: int,
+    identity: str = "",
     progress: Callable[[int, int], None] | None = None,
 ) -> StoreInfo:
     """Run every pass and write the store; a harvest that was killed goes on where it was.
@@ -189,6 +208,7 @@ def harvest(
         shard_tokens: mean tokens in a shard.
         dtype: storage type.
         seed: of the permutation.
+        identity: hash of all that decides what the passes give; a killed harvest only goes on under the same.
         progress: called with (tokens done, tokens in all).
 
     Raises:
@@ -205,6 +225,7 @@ def harvest(
         seed=seed,
         lm_name=passes.lm.name,
         lm_fingerprint=passes.lm.fingerprint,
+        identity=identity,
     )
     done = passes.n_tokens * writer.next_pass // max(1, len(passes))
     for number in range(writer.next_pass, len(passes)):

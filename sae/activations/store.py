@@ -11,10 +11,10 @@ of the tokens: each token is sent to an independent uniformly random shard, and 
 before it is written for good. Concatenated, that is a uniform permutation of the whole (the classical external
 shuffle), so readers need no shuffle buffer and read sequentially.
 
-While a store is being written, `parts/` holds one append-only file per shard and hook point, and `journal.json`
-says how long each is and which forward passes they hold. After a kill the files are cut back to the journal and
-writing goes on from there; the random choices depend only on the seed and the number of the forward pass, so a
-resumed store is byte for byte the uninterrupted one.
+While a store is being written, `parts/` holds one append-only file per shard (a record a token: its activations at
+every hook point and its token fields), and `journal.json` says how many records each has and which forward passes
+they hold. After a kill the files are cut back to the journal and writing goes on from there; the random choices
+depend only on the seed and the number of the forward pass, so a resumed store is byte for byte the uninterrupted one.
 """
 
 import os
@@ -34,7 +34,9 @@ from sae.files import SCHEMA_VERSION, read_json, read_tensors, sha256_file, writ
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 TOKEN_FIELDS = {"token": np.int32, "role": np.uint8, "doc": np.int32, "pos": np.int32}
-FLUSH_BYTES = 64 * 2**20  # rows held in memory, all shards together, before they are appended to the part files
+# Rows are held in memory until each shard's append is worth a file operation: about 1 MB a shard, within bounds.
+FLUSH_BYTES_PER_SHARD = 2**20
+FLUSH_BYTES = (64 * 2**20, 2 * 2**30)
 
 
 class TokenRows(NamedTuple):
@@ -64,6 +66,7 @@ class StoreInfo:
     shard_rows: list[int]
     lm_name: str
     lm_fingerprint: str
+    identity: str
     checksums: dict[str, str]
     schema_version: int = SCHEMA_VERSION
 
@@ -81,15 +84,14 @@ def estimate_bytes(d_in: Mapping[str, int], n_tokens: int, dtype: str) -> int:
 
 
 def check_disk(folder: Path, needed: int) -> None:
-    """Stop before a harvest that cannot fit.
-
-    Writing keeps the part files until their shard is finished, so one shard's worth is counted on top.
+    """Stop before a harvest that cannot fit; what an unfinished harvest in `folder` holds already counts as there.
 
     Raises:
         UserError: the disk that holds `folder` has less than `needed` bytes free.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
+    there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    free = shutil.disk_usage(existing).free + there
     if needed > free:
         raise UserError(
             f"this harvest would write {needed / 1e9:.1f} GB and {str(folder)!r} has {free / 1e9:.1f} GB free: "
@@ -108,6 +110,10 @@ class StoreWriter:
         dtype: storage type, a key of `DTYPES`.
         seed: of the permutation.
         lm_name, lm_fingerprint: the model the activations come from.
+        identity: whatever else decides which rows forward pass n gives (text, batch size, precision...), as a hash.
+
+    Raises:
+        UserError: the folder holds an unfinished store of another kind.
     """
 
     def __init__(
@@ -121,6 +127,7 @@ class StoreWriter:
         seed: int = 0,
         lm_name: str = "",
         lm_fingerprint: str = "",
+        identity: str = "",
     ) -> None:
         if dtype not in DTYPES:
             raise unknown("storage dtype", dtype, list(DTYPES))
@@ -130,22 +137,20 @@ class StoreWriter:
         self.d_in = dict(d_in)
         self.dtype = dtype
         self.seed = seed
-        self.lm_name, self.lm_fingerprint = lm_name, lm_fingerprint
+        self.lm_name, self.lm_fingerprint, self.identity = lm_name, lm_fingerprint, identity
+        self.n_tokens = n_tokens
         self.n_shards = max(1, round(n_tokens / shard_tokens))
-        self._plan = {
-            "d_in": self.d_in,
-            "dtype": dtype,
-            "seed": seed,
-            "n_shards": self.n_shards,
-            "n_tokens": n_tokens,
-            "lm_fingerprint": lm_fingerprint,
-        }
-        self._held: list[list[tuple[dict[str, bytes], int]]] = [[] for _ in range(self.n_shards)]
-        self._held_bytes = 0
-        self._rows = [0] * self.n_shards  # rows in the part files
-        self._done_checksums: dict[str, str] = {}
         self.next_pass = 0
         """Number of the first forward pass that is not yet safely on disk."""
+        self._widths = {name: width * DTYPES[dtype].itemsize for name, width in self.d_in.items()}
+        self._widths |= {name: np.dtype(kind).itemsize for name, kind in TOKEN_FIELDS.items()}
+        self._record_bytes = sum(self._widths.values())
+        low, high = FLUSH_BYTES
+        self._flush_bytes = min(max(low, self.n_shards * FLUSH_BYTES_PER_SHARD), high)
+        self._held: list[list[bytes]] = [[] for _ in range(self.n_shards)]
+        self._held_bytes = 0
+        self._rows = [0] * self.n_shards  # records in the part files
+        self._checksums: dict[str, str] = {}  # of the shards that are finished
         self._passes_added = 0
         self._resume()
 
@@ -155,29 +160,17 @@ class StoreWriter:
         Raises:
             UserError: an activation is not finite.
         """
-        n_rows = tokens.token.shape[0]
-        for hook_name, width in self.d_in.items():
-            block = acts[hook_name]
-            assert block.shape == (n_rows, width), f"{hook_name}: {tuple(block.shape)}, expected {(n_rows, width)}"
-            stored = block.to(DTYPES[self.dtype])
-            if not torch.isfinite(stored).all():
-                row = int((~torch.isfinite(stored).all(dim=1)).nonzero()[0])
-                raise UserError(
-                    f"{hook_name!r} gives NaN or infinite activations (document {int(tokens.doc[row])}, position "
-                    f"{int(tokens.pos[row])}): load the model with lm.dtype=float32 or store harvest.dtype=bfloat16."
-                )
-        destination = self._generator(0, self._passes_added).integers(0, self.n_shards, size=n_rows)
+        records = self._records(acts, tokens)
+        destination = self._generator(0, self._passes_added).integers(0, self.n_shards, size=len(records))
         order = np.argsort(destination, kind="stable")
         bounds = np.searchsorted(destination[order], np.arange(self.n_shards + 1))
-        columns = self._columns(acts, tokens)
         for shard in range(self.n_shards):
             rows = order[bounds[shard] : bounds[shard + 1]]
             if len(rows):
-                data = {name: column[rows].tobytes() for name, column in columns.items()}
-                self._held[shard].append((data, len(rows)))
-                self._held_bytes += sum(map(len, data.values()))
+                self._held[shard].append(records[rows].tobytes())
+        self._held_bytes += records.nbytes
         self._passes_added += 1
-        if self._held_bytes >= FLUSH_BYTES:
+        if self._held_bytes >= self._flush_bytes:
             self.flush()
 
     def flush(self) -> None:
@@ -185,112 +178,133 @@ class StoreWriter:
         for shard, pieces in enumerate(self._held):
             if not pieces:
                 continue
-            for name in pieces[0][0]:
-                path = self._part(shard, name)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with path.open("ab") as file:
-                    for data, _ in pieces:
-                        file.write(data[name])
-                    file.flush()
-                    os.fsync(file.fileno())
-            self._rows[shard] += sum(n for _, n in pieces)
+            path = self._part(shard)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("ab") as file:
+                file.writelines(pieces)
+                file.flush()
+                os.fsync(file.fileno())
+            self._rows[shard] += sum(map(len, pieces)) // self._record_bytes
         self._held = [[] for _ in range(self.n_shards)]
         self._held_bytes = 0
         self.next_pass = self._passes_added
-        self._write_journal([])
+        self._write_journal()
 
     def finish(self) -> StoreInfo:
         """Permute each shard, write it with its checksum, and complete the store."""
         self.flush()
-        checksums: dict[str, str] = dict(self._done_checksums)
+        assert sum(self._rows) == self.n_tokens, f"{sum(self._rows)} rows came, {self.n_tokens} were announced"
         for shard in range(self.n_shards):
-            if f"shard-{shard:05d}/tokens.safetensors" not in checksums:
-                checksums |= self._finish_shard(shard)
-                self._done_checksums = checksums
-                self._write_journal(list(checksums))
-            shutil.rmtree(self._part(shard, "token").parent, ignore_errors=True)
+            if f"shard-{shard:05d}/tokens.safetensors" not in self._checksums:
+                self._checksums |= self._finish_shard(shard)
+                self._write_journal()
+            self._part(shard).unlink(missing_ok=True)
         info = StoreInfo(
             hook_names=list(self.d_in),
             d_in=self.d_in,
             dtype=self.dtype,
-            n_tokens=sum(self._rows),
+            n_tokens=self.n_tokens,
             shard_rows=list(self._rows),
             lm_name=self.lm_name,
             lm_fingerprint=self.lm_fingerprint,
-            checksums=checksums,
+            identity=self.identity,
+            checksums=self._checksums,
         )
         write_json(self.folder / "store.json", info)
         shutil.rmtree(self.folder / "parts", ignore_errors=True)
         (self.folder / "journal.json").unlink(missing_ok=True)
         return info
 
+    def _records(self, acts: Mapping[str, Tensor], tokens: TokenRows) -> np.ndarray:
+        """One row of bytes a token: its activations at every hook point, then its token fields."""
+        n_rows = tokens.token.shape[0]
+        columns: list[np.ndarray] = []
+        for hook_name, width in self.d_in.items():
+            block = acts[hook_name]
+            assert block.shape == (n_rows, width), f"{hook_name}: {tuple(block.shape)}, expected {(n_rows, width)}"
+            stored = block.detach().to(DTYPES[self.dtype])
+            finite = torch.isfinite(stored).all(dim=1)
+            if not finite.all():
+                row = int((~finite).nonzero()[0])
+                raise UserError(
+                    f"{hook_name!r} gives NaN or infinite activations (document {int(tokens.doc[row])}, position "
+                    f"{int(tokens.pos[row])}): use lm.dtype=float32, or harvest.dtype=bfloat16."
+                )
+            columns.append(stored.cpu().contiguous().view(torch.uint8).numpy())  # numpy has no bfloat16: raw bytes
+        for name, kind in TOKEN_FIELDS.items():
+            values = getattr(tokens, name).cpu().numpy().astype(kind)
+            columns.append(values.view(np.uint8).reshape(n_rows, -1))
+        return np.concatenate(columns, axis=1)
+
     def _finish_shard(self, shard: int) -> dict[str, str]:
         n_rows = self._rows[shard]
-        order = torch.from_numpy(self._generator(1, shard).permutation(n_rows))
-        folder = self.folder / f"shard-{shard:05d}"
+        path = self._part(shard)
+        raw = np.fromfile(path, dtype=np.uint8) if path.is_file() else np.zeros(0, dtype=np.uint8)
+        records = raw.reshape(n_rows, self._record_bytes)
+        order = self._generator(1, shard).permutation(n_rows)
+        files: dict[str, dict[str, Tensor]] = {"tokens": {}}
+        start = 0
+        for name, width in self._widths.items():
+            column = torch.from_numpy(records[order, start : start + width])
+            if name in self.d_in:
+                acts = column.reshape(-1).view(DTYPES[self.dtype]).view(n_rows, self.d_in[name])
+                files[name] = {"acts": acts}
+            else:
+                kind = torch.int32 if TOKEN_FIELDS[name] is np.int32 else torch.uint8
+                files["tokens"][name] = column.reshape(-1).view(kind)
+            start += width
         written = {}
-        for hook_name, width in self.d_in.items():
-            raw = self._read_part(shard, hook_name, np.uint8).view(-1)
-            acts = raw.view(DTYPES[self.dtype]).view(n_rows, width)
-            write_tensors(folder / f"{hook_name}.safetensors", {"acts": acts[order]})
-            written[f"{folder.name}/{hook_name}.safetensors"] = sha256_file(folder / f"{hook_name}.safetensors")
-        fields = {name: self._read_part(shard, name, kind)[order] for name, kind in TOKEN_FIELDS.items()}
-        write_tensors(folder / "tokens.safetensors", fields)
-        written[f"{folder.name}/tokens.safetensors"] = sha256_file(folder / "tokens.safetensors")
+        for name, tensors in files.items():
+            target = self.folder / f"shard-{shard:05d}" / f"{name}.safetensors"
+            write_tensors(target, tensors)
+            written[f"{target.parent.name}/{target.name}"] = sha256_file(target)
         return written
 
-    def _columns(self, acts: Mapping[str, Tensor], tokens: TokenRows) -> dict[str, np.ndarray]:
-        columns: dict[str, np.ndarray] = {}
-        for hook_name in self.d_in:
-            stored = acts[hook_name].detach().to(DTYPES[self.dtype]).cpu().contiguous()
-            columns[hook_name] = stored.view(torch.uint8).numpy()  # numpy has no bfloat16: rows of raw bytes
-        for name, kind in TOKEN_FIELDS.items():
-            columns[name] = getattr(tokens, name).cpu().numpy().astype(kind)
-        return columns
-
-    def _part(self, shard: int, name: str) -> Path:
-        return self.folder / "parts" / f"{shard:05d}" / f"{name}.bin"
-
-    def _read_part(self, shard: int, name: str, kind: type) -> Tensor:
-        path = self._part(shard, name)
-        data: np.ndarray = np.fromfile(path, dtype=kind) if path.is_file() else np.zeros(0, dtype=kind)
-        return torch.from_numpy(data)
+    def _part(self, shard: int) -> Path:
+        return self.folder / "parts" / f"{shard:05d}.bin"
 
     def _generator(self, purpose: int, number: int) -> np.random.Generator:
         return np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, purpose, number])))
 
-    def _write_journal(self, finished: list[str]) -> None:
-        write_json(
-            self.folder / "journal.json",
-            {
-                "plan": self._plan,
-                "next_pass": self.next_pass,
-                "rows": self._rows,
-                "checksums": {name: self._done_checksums[name] for name in finished},
-            },
-        )
+    def _plan(self) -> dict[str, object]:
+        return {
+            "d_in": self.d_in,
+            "dtype": self.dtype,
+            "seed": self.seed,
+            "n_shards": self.n_shards,
+            "n_tokens": self.n_tokens,
+            "lm_fingerprint": self.lm_fingerprint,
+            "identity": self.identity,
+        }
+
+    def _write_journal(self) -> None:
+        journal = {
+            "plan": self._plan(),
+            "next_pass": self.next_pass,
+            "rows": self._rows,
+            "checksums": self._checksums,
+        }
+        write_json(self.folder / "journal.json", journal)
 
     def _resume(self) -> None:
+        for leftover in self.folder.rglob(".*.tmp"):  # files that a kill caught before their renaming
+            leftover.unlink()
         path = self.folder / "journal.json"
         if not path.is_file():
             shutil.rmtree(self.folder / "parts", ignore_errors=True)
             return
         journal = read_json(path)
-        if journal.get("plan") != self._plan:
+        if journal.get("plan") != self._plan():
             raise UserError(
-                f"{str(self.folder)!r} holds an unfinished harvest of another configuration: delete that folder, "
-                "or choose another name=."
+                f"{str(self.folder)!r} holds an unfinished harvest of another configuration: repeat that command to "
+                "finish it, delete that folder, or choose another name=."
             )
         self.next_pass = self._passes_added = journal["next_pass"]
         self._rows = journal["rows"]
-        self._done_checksums = journal["checksums"]
-        widths = {name: width * DTYPES[self.dtype].itemsize for name, width in self.d_in.items()}
-        widths |= {name: np.dtype(kind).itemsize for name, kind in TOKEN_FIELDS.items()}
+        self._checksums = journal["checksums"]
         for shard in range(self.n_shards):
-            for name, width in widths.items():
-                part = self._part(shard, name)
-                if part.is_file():  # rows past the journal may be half written: cut them off
-                    os.truncate(part, self._rows[shard] * width)
+            if self._part(shard).is_file():  # records past the journal may be half written: cut them off
+                os.truncate(self._part(shard), self._rows[shard] * self._record_bytes)
 
 
 class StoreReader:

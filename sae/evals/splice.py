@@ -5,7 +5,7 @@ much harm that any SAE looks good), so the raw difference and the KL divergence 
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +38,6 @@ class SpliceResult(NamedTuple):
     """Predictions counted: next tokens where both the predicting and the predicted token are real."""
 
 
-@torch.no_grad()
 def splice(
     lm: Any,
     sae: SAE,
@@ -59,33 +58,92 @@ def splice(
     Raises:
         UserError: there is no prediction to count, or the SAE does not fit the hook point.
     """
-    hook_name = sae.config.hook_name if hook_name is None else hook_name
-    sums = torch.zeros(5, dtype=torch.float64)
-    n_tokens = 0
+    hook_names = None if hook_name is None else [hook_name]
+    return splice_all(lm, [sae], batches, hook_names=hook_names, splice_mask=splice_mask)[0]
+
+
+@torch.no_grad()
+def splice_all(
+    lm: Any,
+    saes: Sequence[SAE],
+    batches: Iterable[TokenBatch],
+    *,
+    hook_names: Sequence[str] | None = None,
+    splice_mask: Callable[[TokenBatch], Bool[Tensor, "batch pos"]] | None = None,
+    progress: Callable[[], None] = lambda: None,
+) -> list[SpliceResult]:
+    """Measure many SAEs on the same tokens: one clean pass, one zero pass a hook point and one pass an SAE, per batch.
+
+    Args:
+        lm: as in `splice`.
+        saes: the autoencoders.
+        batches: token rows; read once.
+        hook_names: where to splice each; default the SAEs' own hook points.
+        splice_mask: as in `splice`.
+        progress: called after each batch.
+
+    Raises:
+        UserError: there is no prediction to count, or an SAE does not fit its hook point.
+    """
+    hooks = [sae.config.hook_name for sae in saes] if hook_names is None else list(hook_names)
+    totals = [_Totals() for _ in saes]
     for batch in batches:
         where = sae_mask(batch.roles) if splice_mask is None else splice_mask(batch)
-        counted = batch.mask[:, :-1] & batch.mask[:, 1:]
-        clean = lm.logits(batch)
-        with edit(lm, {hook_name: _replace(where, lambda acts: sae(acts).recons)}):
-            with_sae = lm.logits(batch)
-        with edit(lm, {hook_name: _replace(where, torch.zeros_like)}):
-            with_zero = lm.logits(batch)
-        sums += _sums(clean, with_sae, with_zero, batch.tokens, counted)
-        n_tokens += int(counted.sum())
-    if n_tokens == 0:
-        raise UserError("no next-token prediction between real tokens to evaluate on: give longer texts.")
-    ce_clean, ce_sae, ce_zero, kl, kl_zero = (sums / n_tokens).tolist()
-    room = ce_zero - ce_clean
-    return SpliceResult(
-        ce_clean=ce_clean,
-        ce_sae=ce_sae,
-        ce_zero=ce_zero,
-        delta_ce=ce_sae - ce_clean,
-        ce_recovered=(ce_zero - ce_sae) / room if room != 0 else math.nan,
-        kl=kl,
-        kl_zero=kl_zero,
-        n_tokens=n_tokens,
-    )
+        counted = (batch.mask[:, :-1] & batch.mask[:, 1:]).to(where.device)
+
+        def logs(edits: dict[str, Any], batch: TokenBatch = batch, counted: Tensor = counted) -> Tensor:
+            with edit(lm, edits):
+                logits = lm.logits(batch)
+            return logits[:, :-1][counted.to(logits.device)].float().log_softmax(-1)
+
+        clean = logs({})
+        targets = batch.tokens[:, 1:].to(clean.device)[counted.to(clean.device)]
+        zero = {hook: logs({hook: _replace(where, torch.zeros_like)}) for hook in dict.fromkeys(hooks)}
+        for sae, hook, total in zip(saes, hooks, totals, strict=True):
+            total.add(clean, logs({hook: _replace(where, _reconstruct(sae))}), zero[hook], targets)
+        progress()
+    return [total.result() for total in totals]
+
+
+class _Totals:
+    """Sums over the counted predictions, in float64: CE clean, with the SAE, with zeros; KL of the latter two."""
+
+    def __init__(self) -> None:
+        self.sums = torch.zeros(5, dtype=torch.float64)
+        self.n = 0
+
+    def add(self, clean: Tensor, with_sae: Tensor, with_zero: Tensor, targets: Tensor) -> None:
+        """Add log-probabilities [n d_vocab] and targets [n]."""
+
+        def ce(logs: Tensor) -> Tensor:
+            return -logs.gather(-1, targets[:, None]).double().sum()
+
+        def kl(logs: Tensor) -> Tensor:
+            return (clean.exp() * (clean - logs)).sum(-1).double().sum()
+
+        self.sums += torch.stack([ce(clean), ce(with_sae), ce(with_zero), kl(with_sae), kl(with_zero)]).cpu()
+        self.n += len(targets)
+
+    def result(self) -> SpliceResult:
+        """The means."""
+        if self.n == 0:
+            raise UserError("no next-token prediction between real tokens to evaluate on: give longer texts.")
+        ce_clean, ce_sae, ce_zero, kl, kl_zero = (self.sums / self.n).tolist()
+        room = ce_zero - ce_clean
+        return SpliceResult(
+            ce_clean=ce_clean,
+            ce_sae=ce_sae,
+            ce_zero=ce_zero,
+            delta_ce=ce_sae - ce_clean,
+            ce_recovered=(ce_zero - ce_sae) / room if room != 0 else math.nan,
+            kl=kl,
+            kl_zero=kl_zero,
+            n_tokens=self.n,
+        )
+
+
+def _reconstruct(sae: SAE) -> Callable[[Tensor], Tensor]:
+    return lambda acts: sae(acts).recons
 
 
 def _replace(where: Tensor, fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Any], Tensor]:
@@ -94,18 +152,3 @@ def _replace(where: Tensor, fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor,
         return torch.where(where.to(acts.device)[..., None], new, acts)
 
     return replace
-
-
-def _sums(clean: Tensor, with_sae: Tensor, with_zero: Tensor, tokens: Tensor, counted: Tensor) -> Tensor:
-    """[5] sums over the counted predictions: CE of the three, KL from clean to the other two."""
-    counted = counted.to(clean.device)
-    targets = tokens.to(clean.device)[:, 1:][counted]
-    p, q, zero = (logits[:, :-1][counted].float().log_softmax(-1) for logits in (clean, with_sae, with_zero))
-
-    def ce(logs: Tensor) -> Tensor:
-        return -logs.gather(-1, targets[:, None]).double().sum()
-
-    def kl(logs: Tensor) -> Tensor:
-        return (p.exp() * (p - logs)).sum(-1).double().sum()
-
-    return torch.stack([ce(p), ce(q), ce(zero), kl(q), kl(zero)]).cpu()

@@ -1,7 +1,8 @@
 """`sae behavior`: find the latents behind a behaviour, and test causally whether they control it.
 
 `behavior.contrast` lists what to search for: `refusal`, `deception` or `style` of the model organism, or JSON-lines
-files of your own (fields: messages, label, topic, and optionally behavior_texts, alternative_texts, answer, split).
+files of your own: a record a prompt with `messages`, `label` (1 where the behaviour is due), `topic` (what to split by),
+`behavior_texts` and `alternative_texts` (how either reply begins), and optionally `answer`, `arm` and `split`.
 """
 
 from collections.abc import Mapping
@@ -88,7 +89,7 @@ def ensure_behaviors(config: RunConfig, lm: LanguageModel) -> dict[str, Any]:
         contrasts[contrast.behavior] = contrast
     folder = config.folder / "behavior"
     settings = make_settings(config)
-    inputs = {"lm": lm.fingerprint} | {name: sha256_json(item.records) for name, item in contrasts.items()}
+    inputs = {"lm": common.model_key(lm)} | {name: sha256_json(item.records) for name, item in contrasts.items()}
     inputs |= {str(path): sha256_file(path / "weights.safetensors") for path in paths}
     if common.skip(config, folder, settings, inputs):
         return common.read_result(folder)

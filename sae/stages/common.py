@@ -9,13 +9,14 @@ from typing import Any
 
 from sae.config import DataConfig, LMConfig, RunConfig
 from sae.errors import UserError
-from sae.files import is_done, read_json, sha256_file, to_plain
+from sae.files import is_done, read_json, sha256_file, sha256_json, to_plain
 from sae.lm.documents import Document, read_documents
 from sae.lm.load import load_lm
 from sae.lm.model import LanguageModel
 from sae.report.progress import Progress
 
 ORGANISM = "organism"
+MANIFEST = "manifest.json"
 HASHED_BYTES = 2**30  # larger data files are identified by size and time of change
 
 
@@ -55,7 +56,7 @@ def _organism_documents(seed: int, block: int = 1_000) -> Iterator[Document]:
 
 def data_fingerprint(config: DataConfig) -> str:
     """Identify the text: content hashes for files, size and time for very large ones, the name otherwise."""
-    path = Path(config.path)
+    path = Path(config.path).expanduser()
     if config.path == ORGANISM or not path.exists():
         return config.path
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
@@ -68,12 +69,43 @@ def data_fingerprint(config: DataConfig) -> str:
     return digest.hexdigest()
 
 
-def skip(config: RunConfig, folder: Path, settings: Any, inputs: dict[str, str]) -> bool:
-    """Tell whether a stage's output is there already, and say so."""
-    if config.force or not is_done(folder, settings, inputs):
-        return False
-    print(f"{folder}: done before with these settings, kept (force=true does it again)")
-    return True
+def model_key(lm: LanguageModel) -> str:
+    """Identify all of a loaded model that can move a number: weights, precision, tokenizer, chat template."""
+    backend = getattr(lm.tokenizer, "backend_tokenizer", None)
+    tokenizer = backend.to_str() if backend is not None else sorted(lm.tokenizer.get_vocab().items())
+    return sha256_json([lm.fingerprint, str(lm.dtype), tokenizer, lm.tokenizer.chat_template])
+
+
+def skip(config: RunConfig, folder: Path, settings: Any, inputs: dict[str, str], *, replace: bool = True) -> bool:
+    """Tell whether a stage's output is there already, and say so; if not, open its folder for writing.
+
+    From then on the folder counts as unfinished: its manifest is removed before anything else is touched.
+
+    Args:
+        config: the run.
+        folder: the stage's folder.
+        settings: what its output depends on, of the configuration.
+        inputs: what it depends on besides, as hashes.
+        replace: may a finished output of other settings be replaced? False for what took long to make.
+
+    Raises:
+        UserError: a finished output of other settings is there and may not be replaced.
+    """
+    if not config.force and is_done(folder, settings, inputs):
+        print(f"{folder}: done before with these settings, kept (force=true does it again)")
+        return True
+    if not replace and not config.force and (folder / MANIFEST).is_file():
+        raise UserError(
+            f"{str(folder)!r} was made with other settings, text or model: choose another name=, repeat the settings "
+            "it was made with, or replace it with force=true."
+        )
+    (folder / MANIFEST).unlink(missing_ok=True)
+    return False
+
+
+def say_waiting() -> None:
+    """Say why nothing happens (for `sae.files.lock`)."""
+    print("another process is working on this run: waiting for it to finish its part")
 
 
 class Clock:

@@ -14,7 +14,7 @@ from sae.activations.harvest import Passes
 from sae.autoencoder.sae import SAE
 from sae.config import RunConfig
 from sae.evals.reconstruction import ReconstructionMeter, ReconstructionResult
-from sae.evals.splice import SpliceResult, splice
+from sae.evals.splice import SpliceResult, splice_all
 from sae.files import sha256_file, write_json, write_manifest, write_tensors
 from sae.lm.model import LanguageModel
 from sae.lm.tokens import PackedTokens, TokenBatch, sae_mask
@@ -33,7 +33,7 @@ def ensure_evaluated(config: RunConfig, lm: LanguageModel) -> list[dict[str, Any
     tokens = ensure_tokens(config, lm)
     folder = config.folder / "eval"
     settings = {"eval": config.eval, "include_special": config.data.include_special}
-    inputs = {"lm": lm.fingerprint, "tokens": tokens.fingerprint}
+    inputs = {"lm": common.model_key(lm), "tokens": tokens.fingerprint}
     inputs |= {str(path): sha256_file(path / "weights.safetensors") for path in paths}
     if common.skip(config, folder, settings, inputs):
         return common.read_result(folder)["saes"]
@@ -84,24 +84,27 @@ def _splice_all(
 ) -> list[SpliceResult | None]:
     if not config.eval.splice:
         return [None] * len(saes)
-    found: list[SpliceResult | None] = []
+    batches = list(_batches(held_out, config.eval.batch_tokens, lm.device))
 
     def seen(batch: TokenBatch) -> torch.Tensor:
         return sae_mask(batch.roles, config.data.include_special)
 
-    with Progress(len(saes), "evaluate splicing", unit="SAE") as bar:
-        for sae in saes:
-            found.append(splice(lm, sae, _batches(held_out, config.eval.batch_seqs, lm.device), splice_mask=seen))
-            bar.update()
-    return found
+    with Progress(len(batches), "evaluate splicing", unit="batch") as bar:
+        return [*splice_all(lm, saes, batches, splice_mask=seen, progress=bar.update)]
 
 
-def _batches(packed: PackedTokens, batch_seqs: int, device: str) -> Iterator[TokenBatch]:
+def _batches(packed: PackedTokens, batch_tokens: int, device: str) -> Iterator[TokenBatch]:
     """Held-out rows, shortest first so that little is padded, each batch cut to its longest row."""
-    order = torch.argsort(packed.mask.sum(dim=1), stable=True)
-    for start in range(0, len(order), batch_seqs):
-        rows = order[start : start + batch_seqs]
+    lengths = packed.mask.sum(dim=1)
+    order = torch.argsort(lengths, stable=True)
+    start = 0
+    while start < len(order):
+        n_rows = 1
+        while start + n_rows < len(order) and int(lengths[order[start + n_rows]]) * (n_rows + 1) <= batch_tokens:
+            n_rows += 1
+        rows = order[start : start + n_rows]
         yield packed.batch(rows).select(range(len(rows))).to(device)
+        start += n_rows
 
 
 def _record(path: Path, sae: SAE, found: ReconstructionResult, damage: SpliceResult | None) -> dict[str, Any]:

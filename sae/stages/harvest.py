@@ -11,7 +11,8 @@ from typing import NamedTuple
 from sae.activations.harvest import Corpus, Passes, harvest, load_corpus, prepare, save_corpus
 from sae.activations.store import StoreInfo, StoreReader
 from sae.config import RunConfig
-from sae.files import is_done, sha256_file, write_json, write_manifest
+from sae.errors import UserError
+from sae.files import is_done, lock, sha256_file, sha256_json, write_json, write_manifest
 from sae.lm.model import LanguageModel
 from sae.report.progress import Progress
 from sae.report.terminal import summary_table
@@ -28,21 +29,28 @@ class Tokens(NamedTuple):
 
 def ensure_tokens(config: RunConfig, lm: LanguageModel) -> Tokens:
     """Tokenise the text, or read the tokens that are there already."""
-    settings = {"data": config.data, "chat_template": config.lm.chat_template}
-    inputs = {"lm": lm.fingerprint, "data": common.data_fingerprint(config.data)}
-    folder = _shared(config, "tokens", settings, inputs)
-    if config.force or not is_done(folder, settings, inputs):
-        documents = common.open_documents(config.data)
-        corpus = prepare(
-            lm,
-            documents,
-            ctx_len=config.data.ctx_len,
-            packing=config.data.packing.value,
-            n_tokens=config.data.n_tokens,
-            n_held_out_tokens=config.data.n_eval_tokens,
+    if config.data.ctx_len > lm.ctx_len:
+        raise UserError(
+            f"data.ctx_len={config.data.ctx_len} is more than {lm.name!r} takes: give {lm.ctx_len} or less."
         )
-        save_corpus(folder, corpus)
-        write_manifest(folder, "tokens", settings, inputs)
+    settings = {"data": config.data}
+    inputs = {"lm": common.model_key(lm), "data": common.data_fingerprint(config.data)}
+    folder = _place(config, "tokens", settings, inputs)
+    with lock(folder, common.say_waiting):
+        again = config.force and not config.job
+        if again or not is_done(folder, settings, inputs):
+            if not again and (folder / common.MANIFEST).is_file():
+                common.skip(config, folder, settings, inputs, replace=False)
+            corpus = prepare(
+                lm,
+                common.open_documents(config.data),
+                ctx_len=config.data.ctx_len,
+                packing=config.data.packing.value,
+                n_tokens=config.data.n_tokens,
+                n_held_out_tokens=config.data.n_eval_tokens,
+            )
+            save_corpus(folder, corpus)
+            write_manifest(folder, "tokens", settings, inputs)
     fingerprint = "".join(sha256_file(folder / f"{side}.safetensors")[:32] for side in Corpus._fields)
     return Tokens(folder, load_corpus(folder), fingerprint)
 
@@ -58,36 +66,62 @@ def make_passes(config: RunConfig, lm: LanguageModel, tokens: Tokens) -> Passes:
     )
 
 
-def ensure_store(config: RunConfig, lm: LanguageModel) -> tuple[Path, StoreInfo]:
-    """Harvest, or open the store that is there already."""
-    clock = common.Clock()
-    tokens = ensure_tokens(config, lm)
-    passes = make_passes(config, lm, tokens)
-    settings = {
-        "lm_dtype": config.lm.dtype,
-        "hook_names": passes.hook_names,
+def store_settings(config: RunConfig, hook_names: list[str]) -> dict[str, object]:
+    """What a store depends on, besides the model and the tokens."""
+    return {
+        "hook_names": hook_names,
         "shard_tokens": config.harvest.shard_tokens,
         "batch_tokens": config.harvest.batch_tokens,
         "dtype": config.harvest.dtype,
         "seed": config.harvest.seed,
         "include_special": config.data.include_special,
     }
-    inputs = {"lm": lm.fingerprint, "tokens": tokens.fingerprint}
-    folder = _shared(config, "harvest", settings, inputs)
-    if common.skip(config, folder, settings, inputs):
-        return folder, StoreReader(folder).info
-    if (folder / "manifest.json").exists():  # of other settings, or done again by force
-        shutil.rmtree(folder)
+
+
+def ensure_store(config: RunConfig, lm: LanguageModel) -> Path:
+    """Harvest, or find the store that is there already. Return its folder."""
+    clock = common.Clock()
+    tokens = ensure_tokens(config, lm)
+    passes = make_passes(config, lm, tokens)
+    settings = store_settings(config, passes.hook_names)
+    inputs = {"lm": common.model_key(lm), "tokens": tokens.fingerprint}
+    folder = _place(config, "harvest", settings, inputs)
+    with lock(folder, common.say_waiting):
+        if config.job and is_done(folder, settings, inputs):
+            return folder  # another job of the multirun, or `sae harvest`, made it
+        if common.skip(config, folder, settings, inputs, replace=False):
+            return folder
+        if config.force:
+            shutil.rmtree(folder, ignore_errors=True)
+        identity = sha256_json([settings, inputs])
+        info = _finished(folder, identity) or _harvest(config, passes, folder, identity)
+        _write_result(folder, lm, info, int(tokens.corpus.held_out.mask.sum()), clock.seconds())
+        write_manifest(folder, "harvest", settings, inputs)
+    return folder
+
+
+def _finished(folder: Path, identity: str) -> StoreInfo | None:
+    """A store that was complete when its process was killed, just before the manifest was written."""
+    if not (folder / "store.json").is_file():
+        return None
+    info = StoreReader(folder).info
+    return info if info.identity == identity else None
+
+
+def _harvest(config: RunConfig, passes: Passes, folder: Path, identity: str) -> StoreInfo:
     with Progress(passes.n_tokens, "harvest", unit="tok") as bar:
-        info = harvest(
+        return harvest(
             passes,
             folder,
             shard_tokens=config.harvest.shard_tokens,
             dtype=config.harvest.dtype,
             seed=config.harvest.seed,
+            identity=identity,
             progress=common.counter(bar),
         )
-    wall = clock.seconds()
+
+
+def _write_result(folder: Path, lm: LanguageModel, info: StoreInfo, held_out_tokens: int, wall_s: float) -> None:
     write_json(
         folder / "result.json",
         {
@@ -97,23 +131,17 @@ def ensure_store(config: RunConfig, lm: LanguageModel) -> tuple[Path, StoreInfo]
             "n_tokens": info.n_tokens,
             "n_bytes": info.n_bytes,
             "n_shards": len(info.shard_rows),
-            "held_out_tokens": int(tokens.corpus.held_out.mask.sum()),
-            "wall_s": wall,
+            "held_out_tokens": held_out_tokens,
+            "wall_s": wall_s,
         },
     )
-    write_manifest(folder, "harvest", settings, inputs)
+    share = 1 / sum(info.d_in.values())
     rows = [
-        {
-            "hook point": name,
-            "d_in": info.d_in[name],
-            "tokens": info.n_tokens,
-            "MB": info.n_bytes / 1e6 / len(info.d_in),
-        }
-        for name in info.hook_names
+        {"hook point": name, "d_in": width, "tokens": info.n_tokens, "MB": info.n_bytes / 1e6 * width * share}
+        for name, width in info.d_in.items()
     ]
     print(summary_table(rows, ["hook point", "d_in", "tokens", "MB"]))
-    print(f"{folder}: {info.n_tokens:,} tokens at {len(rows)} hook points in {wall:.1f} s")
-    return folder, info
+    print(f"{folder}: {info.n_tokens:,} tokens at {len(rows)} hook points in {wall_s:.1f} s")
 
 
 def run(config: RunConfig) -> None:
@@ -121,7 +149,8 @@ def run(config: RunConfig) -> None:
     ensure_store(config, common.open_lm(config.lm))
 
 
-def _shared(config: RunConfig, stage: str, settings: object, inputs: dict[str, str]) -> Path:
-    """Where a stage's output goes: a job of a multirun takes the run's own if that is what it would make."""
+def _place(config: RunConfig, stage: str, settings: object, inputs: dict[str, str]) -> Path:
+    """Where tokens or a store go: all jobs of a multirun share the run's, unless it is of other settings."""
     shared = config.shared_folder / stage
-    return shared if is_done(shared, settings, inputs) else config.folder / stage
+    free = not (shared / common.MANIFEST).is_file()
+    return shared if free or is_done(shared, settings, inputs) else config.folder / stage

@@ -75,7 +75,9 @@ def run(config: RunConfig) -> None:
     if options.action == "measure":
         folder = Path(resolve_model(config.lm.name))
         if not (folder / "config.json").is_file():
-            raise UserError(f"lm.name={config.lm.name!r} is not an organism's folder: give `organism` or a folder.")
+            raise UserError(f"lm.name={config.lm.name!r} is no local folder: give `organism`, or one you trained.")
+        if not common.is_organism(common.open_lm(config.lm)):
+            raise UserError(f"lm.name={config.lm.name!r} is not an organism: give `organism`, or one you trained.")
         measure(config, folder)
         return
     out = Path(options.out) if options.out else config.folder / "organism" / "model"

@@ -26,6 +26,6 @@ def write(config: RunConfig) -> Path:
 
 def run(config: RunConfig) -> None:
     """Run the stage."""
-    if not config.folder.is_dir():
-        raise UserError(f"there is no run {str(config.folder)!r}: give name= of a run in {config.runs!r}.")
+    if not any(config.folder.glob("*/result.json")):
+        raise UserError(f"there is no result in {str(config.folder)!r}: give name= of a run in {config.runs!r}.")
     print(write(config))

@@ -5,6 +5,9 @@ Activations come from the store (harvested first when it is not there) or live f
 (`train.stream=live`). A run that was stopped or killed goes on from its last checkpoint.
 """
 
+import contextlib
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -12,13 +15,14 @@ import torch
 from sae.activations.store import StoreReader
 from sae.activations.stream import ActivationStream, LiveStream, StoreStream
 from sae.config import RunConfig, Stream
-from sae.files import sha256_json, write_json, write_manifest
+from sae.errors import UserError
+from sae.files import is_done, lock, sha256_json, write_json, write_manifest
 from sae.lm.model import LanguageModel
-from sae.report.log import open_sink
+from sae.report.log import Sink, open_sink
 from sae.report.progress import Progress
 from sae.report.terminal import summary_table
 from sae.stages import common
-from sae.stages.harvest import ensure_store, ensure_tokens, make_passes
+from sae.stages.harvest import ensure_store, ensure_tokens, make_passes, store_settings
 from sae.train.checkpoint import latest
 from sae.train.grid import SAESpec, grid
 from sae.train.settings import TrainSettings
@@ -28,8 +32,9 @@ from sae.train.trainer import CHECKPOINTS, Interrupted, TrainResult, train
 def open_stream(config: RunConfig, lm: LanguageModel) -> ActivationStream:
     """The configured stream of training activations."""
     if config.train.stream is Stream.store:
-        folder, _ = ensure_store(config, lm)
-        return StoreStream(StoreReader(folder), batch_tokens=config.train.batch_tokens, seed=config.train.seed)
+        return StoreStream(
+            StoreReader(ensure_store(config, lm)), batch_tokens=config.train.batch_tokens, seed=config.train.seed
+        )
     tokens = ensure_tokens(config, lm)
     passes = make_passes(config, lm, tokens)
     mean_tokens = max(1, passes.n_tokens // len(passes))
@@ -40,7 +45,7 @@ def open_stream(config: RunConfig, lm: LanguageModel) -> ActivationStream:
         d_in=passes.d_in,
         batch_tokens=config.train.batch_tokens,
         seed=config.train.seed,
-        fingerprint=sha256_json([lm.fingerprint, tokens.fingerprint, config.harvest.batch_tokens]),
+        fingerprint=sha256_json([common.model_key(lm), tokens.fingerprint, store_settings(config, passes.hook_names)]),
     )
 
 
@@ -64,25 +69,79 @@ def make_settings(config: RunConfig) -> TrainSettings:
 
 def ensure_trained(config: RunConfig, lm: LanguageModel) -> list[Path]:
     """Train the grid, or find it trained already. Return the SAEs' folders, in the order of the grid."""
-    specs = grid(
-        common.pick_hooks(config, lm),
-        config.sae.d_sae,
-        config.sae.architecture,
-        config.sae.l0,
-        config.sae.seed,
-    )
-    stream = open_stream(config, lm)
+    hook_names = common.pick_hooks(config, lm)
+    specs = grid(hook_names, config.sae.d_sae, config.sae.architecture, config.sae.l0, config.sae.seed)
     settings = make_settings(config)
+    device = pick_device(config.train.device)
+    tokens = ensure_tokens(config, lm)
     folder = config.folder / "train"
-    identity = {"specs": specs, "settings": settings.identity(), "stream": config.train.stream}
-    inputs = {"lm": lm.fingerprint, "stream": stream.fingerprint}
-    if common.skip(config, folder, identity, inputs):
-        return [folder / spec.folder for spec in specs]
-    (folder / "manifest.json").unlink(missing_ok=True)
-    result = _train(config, lm, stream, specs, settings, folder)
-    _write_result(config, folder, result)
-    write_manifest(folder, "train", identity, inputs)
-    return [folder / spec.folder for spec in specs]
+    paths = [folder / spec.folder for spec in specs]
+    # The store itself is not among the inputs: it may be deleted once the SAEs are trained.
+    depends = {
+        "specs": specs,
+        "settings": settings.identity(),
+        "stream": config.train.stream,
+        "stream_seed": config.train.seed,
+        "store": store_settings(config, hook_names),
+    }
+    inputs = {"lm": common.model_key(lm), "tokens": tokens.fingerprint}
+    with lock(folder, common.say_waiting):
+        complete = all((path / "config.json").is_file() for path in paths)
+        if is_done(folder, depends, inputs) and not complete:
+            (folder / common.MANIFEST).unlink()  # an SAE was deleted since: train again
+        if common.skip(config, folder, depends, inputs, replace=False):
+            return paths
+        if config.force:
+            shutil.rmtree(folder, ignore_errors=True)
+        stream = open_stream(config, lm)
+        result = _train(config, lm, stream, specs, settings, folder, device)
+        _write_result(folder, result)
+        write_manifest(folder, "train", depends, inputs)
+    return paths
+
+
+def pick_device(name: str) -> str:
+    """Check a torch device; auto is CUDA if there is one, else the CPU.
+
+    Raises:
+        UserError: there is no such device on this machine.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(f"train.device={name!r} is not to be had here ({reason}): use auto or cpu.") from None
+    return name
+
+
+class _LazySink:
+    """Opens the metric sink when the first metrics come: by then the trainer has claimed the folder."""
+
+    def __init__(self, config: RunConfig, folder: Path) -> None:
+        self._config, self._folder = config, folder
+        self._sink: Sink | None = None
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Record metrics; what an interrupted run logged at or after its last checkpoint is dropped first."""
+        if self._sink is None:
+            checkpoint = latest(self._folder / CHECKPOINTS)
+            config = self._config
+            self._sink = open_sink(
+                self._folder,
+                wandb_mode=config.log.wandb.value,
+                project=config.log.project,
+                name=f"{config.name}-train",
+                config=common.plain(config),
+                resume_step=None if checkpoint is None else int(checkpoint.name.split("-")[1]) + 1,
+            )
+        self._sink.log(metrics, step)
+
+    def close(self) -> None:
+        """Close the sink if it was opened."""
+        if self._sink is not None:
+            self._sink.close()
 
 
 def _train(
@@ -92,22 +151,10 @@ def _train(
     specs: list[SAESpec],
     settings: TrainSettings,
     folder: Path,
+    device: str,
 ) -> TrainResult:
-    checkpoint = latest(folder / CHECKPOINTS)
-    device = config.train.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    with (
-        open_sink(
-            folder,
-            wandb_mode=config.log.wandb.value,
-            project=config.log.project,
-            name=config.name,
-            config=common.plain(config),
-            resume_step=None if checkpoint is None else int(checkpoint.name.split("-")[1]),
-        ) as sink,
-        Progress(settings.n_steps, f"train {len(specs)} SAEs", unit="step") as bar,
-    ):
+    sink = _LazySink(config, folder)
+    with contextlib.closing(sink), Progress(settings.n_steps, f"train {len(specs)} SAEs", unit="step") as bar:
         try:
             return train(
                 stream,
@@ -119,13 +166,12 @@ def _train(
                 sink=sink,
                 device=device,
                 progress=common.counter(bar),
-                overwrite=config.force,
             )
         except Interrupted as stop:
             raise KeyboardInterrupt(str(stop)) from None
 
 
-def _write_result(config: RunConfig, folder: Path, result: TrainResult) -> None:
+def _write_result(folder: Path, result: TrainResult) -> None:
     saes = [
         {
             "hook_name": item.spec.hook_name,

@@ -1,10 +1,12 @@
 """Every stage through the command line, on a tiny random model."""
 
 import json
+import shutil
 
 import pytest
 from safetensors.torch import load_file
 
+from sae.activations.store import StoreWriter
 from sae.autoencoder.sae import SAE
 
 
@@ -57,19 +59,80 @@ def test_finished_work_is_kept_and_force_does_it_again(sae):
     run = sae.folder / "again"
     before = weights(run)
     written = (run / "harvest" / "store.json").stat().st_mtime_ns
+    curves = (run / "train" / "metrics.jsonl").read_text()
+    sae_file = next((run / "train").rglob("weights.safetensors"))
+    trained = sae_file.stat().st_mtime_ns
     status, out, err = sae("train", "name=again")
     assert status == 0, err
-    assert out.count("done before") == 2
+    assert out.count("done before") == 1
     assert (run / "harvest" / "store.json").stat().st_mtime_ns == written
     status, out, err = sae("train", "name=again", "force=true")
     assert status == 0, err
     assert "done before" not in out
+    assert sae_file.stat().st_mtime_ns > trained
+    assert (run / "harvest" / "store.json").stat().st_mtime_ns > written
+    assert len((run / "train" / "metrics.jsonl").read_text().splitlines()) == len(curves.splitlines())
     assert same(weights(run), before), "the same seed gives the same weights"
-    # Another configuration is not mistaken for the same one.
-    status, _, err = sae("train", "name=again", "sae.l0=[5]")
+
+
+@pytest.mark.parametrize("other", ["sae.l0=[5]", "data.n_tokens=1500", "harvest.hook_names=[blocks.0.hook_resid_post]"])
+def test_what_took_long_is_never_replaced_unasked(sae, other):
+    assert sae("train", "name=kept")[0] == 0
+    run = sae.folder / "kept"
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "recipe.json"}
+    status, _, err = sae("eval", "name=kept", other)
     assert status == 2
-    assert "again" in err
-    assert same(weights(run), before)
+    assert "choose another name=" in err
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_run_remembers_its_settings(sae):
+    assert sae("train", "name=memory")[0] == 0
+    status, out, err = sae("eval", "name=memory", defaults=False)
+    assert status == 0, err
+    assert out.count("done before") == 1
+    assert len(read(sae.folder / "memory" / "eval" / "result.json")["saes"]) == 4
+
+
+def test_the_store_may_be_deleted_after_training(sae):
+    assert sae("train", "name=lean")[0] == 0
+    shutil.rmtree(sae.folder / "lean" / "harvest")
+    status, _, err = sae("eval", "name=lean")
+    assert status == 0, err
+    assert not (sae.folder / "lean" / "harvest").exists()
+
+
+def test_a_killed_harvest_goes_on_only_as_it_was(sae, monkeypatch):
+    add = StoreWriter.add
+
+    def dies(self, acts, tokens):
+        add(self, acts, tokens)
+        self.flush()
+        if self._passes_added == 3:
+            raise KeyboardInterrupt
+
+    assert sae("harvest", "name=whole")[0] == 0
+    monkeypatch.setattr(StoreWriter, "add", dies)
+    assert sae("harvest", "name=killed")[0] == 130
+    monkeypatch.undo()
+    status, _, err = sae("harvest", "name=killed", "harvest.batch_tokens=256")
+    assert status == 2
+    assert "another configuration" in err
+    status, _, err = sae("harvest", "name=killed")
+    assert status == 0, err
+    stores = [read(sae.folder / name / "harvest" / "store.json") for name in ("whole", "killed")]
+    assert stores[0]["checksums"] == stores[1]["checksums"]
+
+
+@pytest.mark.parametrize(
+    "change", [["data.include_special=true"], ["lm.dtype=bfloat16"], ["lm.chat_template={{ messages }}"]]
+)
+def test_nothing_that_changes_the_result_counts_as_done(sae, change):
+    live = ("name=live", "train.stream=live", "train.live_buffer_tokens=1000")
+    assert sae("train", *live)[0] == 0
+    status, out, _ = sae("train", *live, *change)
+    assert status == 2
+    assert "done before" not in out
 
 
 def test_live_training_needs_no_store(sae):
@@ -100,7 +163,7 @@ def test_steering_from_the_command_line(sae, model):
     assert found["plain"] != found["steered"]
     status, _, err = sae("steer", "name=steer", *clamp, "steer.latent=32")
     assert status == 2
-    assert "32" in err
+    assert "latent 32" in err
 
 
 def test_presets_compose():
@@ -141,7 +204,7 @@ def test_the_configuration_surface_is_frozen():
         (["harvest.hook_names=[blocks.9.hook_resid_post]"], "blocks.9.hook_resid_post"),
         (["data.path=missing.txt"], "missing.txt"),
         (["sae.architecture=[topkk]"], "topkk"),
-        (["sae.d_sae=[2]"], "2"),
+        (["sae.d_sae=[2]"], "d_sae = 2"),
         (["sae.d_sae=[]"], "d_sae"),
         (["train.bach_tokens=3"], "train.bach_tokens"),
         (["+extra=1"], "extra"),
@@ -152,6 +215,14 @@ def test_the_configuration_surface_is_frozen():
         (["lm.device=tpu"], "tpu"),
         (["train.stream=disk"], "disk"),
         (["sae=nope"], "nope"),
+        (["train.device=foo"], "foo"),
+        (["train.seed=-1"], "train.seed=-1"),
+        (["harvest.seed=-1"], "harvest.seed=-1"),
+        (["train.log_every=0"], "log_every = 0"),
+        (["train.encoder_dtype=int8"], "int8"),
+        (["data.ctx_len=9999"], "9999"),
+        (["lm.name=a(b"], "quote"),
+        (["sae.d_sae=3,4"], "-m"),
     ],
 )
 def test_bad_input_stops_with_one_sentence_and_leaves_nothing(sae, overrides, named):
@@ -161,8 +232,8 @@ def test_bad_input_stops_with_one_sentence_and_leaves_nothing(sae, overrides, na
     assert len(lines) == 1
     assert "Traceback" not in err
     assert named in lines[0]
-    assert not list(sae.folder.rglob("*.tmp"))
-    assert not list(sae.folder.rglob("manifest.json")) or "sae" in overrides[0]
+    left = [path for path in sae.folder.rglob("*") if path.is_file() and "tokens" not in path.parts]
+    assert not [path for path in left if not path.name.endswith(".lock")], left
 
 
 def test_bad_behavior_input(sae, tmp_path):
@@ -174,9 +245,17 @@ def test_bad_behavior_input(sae, tmp_path):
     empty, one_class = tmp_path / "empty.jsonl", tmp_path / "one.jsonl"
     empty.write_text("")
     record = {"messages": [{"role": "user", "content": "hi"}], "label": 1, "topic": "a"}
+    record |= {"behavior_texts": ["no"], "alternative_texts": ["yes"]}
     one_class.write_text(json.dumps(record) + "\n")
-    for path, words in ((empty, "no records"), (one_class, "one")):
+    for path, words in ((empty, "holds no records"), (one_class, "add records of the other class")):
         status, _, err = sae("behavior", "name=b", f"behavior.contrast=[{path}]")
         assert status == 2, err
         assert words in err
         assert not (sae.folder / "b" / "behavior").exists()
+
+
+def test_a_report_needs_a_run(sae):
+    status, _, err = sae("report", "name=nosuch", defaults=False)
+    assert status == 2
+    assert "nosuch" in err
+    assert not (sae.folder / "nosuch").exists()

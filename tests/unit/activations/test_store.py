@@ -89,7 +89,7 @@ def test_a_killed_harvest_resumes_to_the_same_bytes(tmp_path, killed_after):
         if i % 2 == 0:
             broken.flush()
     # The kill: what is in memory is gone, and a part file has a torn row behind the journalled ones.
-    for part in (tmp_path / "broken").glob("parts/*/*.bin"):
+    for part in (tmp_path / "broken").glob("parts/*.bin"):
         with part.open("ab") as file:
             file.write(b"torn")
     del broken
@@ -118,12 +118,31 @@ def test_a_kill_while_finishing_resumes_to_the_same_bytes(tmp_path, monkeypatch)
     assert write(tmp_path / "broken", sizes).checksums == whole.checksums
 
 
+def test_two_failures_while_finishing_lose_nothing(tmp_path, monkeypatch):
+    sizes = [100, 100, 100]
+    whole = write(tmp_path / "whole", sizes)
+    finish_shard = StoreWriter._finish_shard
+
+    def dies(self, shard):
+        if shard == 2:
+            raise OSError(28, "No space left on device")
+        return finish_shard(self, shard)
+
+    monkeypatch.setattr(StoreWriter, "_finish_shard", dies)
+    for _ in range(2):
+        with pytest.raises(OSError, match="No space"):
+            write(tmp_path / "broken", sizes)
+    monkeypatch.undo()
+    assert write(tmp_path / "broken", sizes).checksums == whole.checksums
+
+
 def test_another_plan_does_not_continue_an_unfinished_store(tmp_path):
     store = writer(tmp_path, 100)
     store.add(*rows(0, 50))
     store.flush()
-    with pytest.raises(UserError, match="another configuration"):
-        writer(tmp_path, 100, seed=4)
+    for changes in ({"seed": 4}, {"identity": "other text"}, {"dtype": "bfloat16"}):
+        with pytest.raises(UserError, match="another configuration"):
+            writer(tmp_path, 100, **changes)
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "delete"])
