@@ -240,7 +240,8 @@ def _quiet() -> Iterator[list[str]]:
         if bar_shown:
             stack.callback(transformers_logging.enable_progress_bar)
         root, library = logging.getLogger(), logging.getLogger("transformers")
-        for logger, level in ((root, logging.ERROR), (library, logging.WARNING)):
+        hub = logging.getLogger("huggingface_hub")  # announces every retry when there is no network
+        for logger, level in ((root, logging.ERROR), (library, logging.WARNING), (hub, logging.ERROR)):
             stack.callback(logger.setLevel, logger.level)
             logger.setLevel(level)
         handlers, library.handlers = library.handlers, [Keep()]

@@ -1,7 +1,7 @@
 """`sae behavior`: find the latents behind a behaviour, and test causally whether they control it.
 
 `behavior.contrast` lists what to search for: `refusal`, `deception` or `style` of the model organism, or JSON-lines
-files of your own: a record a prompt with `messages`, `label` (1 where the behaviour is due), `topic` (what to split by),
+files of your own: a record a prompt, with `messages`, `label` (1 where it is due), `topic` (what to split by),
 `behavior_texts` and `alternative_texts` (how either reply begins), and optionally `answer`, `arm` and `split`.
 """
 
