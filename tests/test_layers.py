@@ -36,7 +36,7 @@ ALLOWED = {
         "behavior",
         "report",
     },
-    "cli": {"errors", "config", "stages"},
+    "cli": {"errors", "files", "config", "stages"},
     "__init__": {"errors", "lm", "autoencoder", "steering"},
 }
 # Libraries that only one place knows.

@@ -1,0 +1,36 @@
+"""Find and open the shipped organism."""
+
+from pathlib import Path
+from typing import Any
+
+from sae.errors import UserError
+
+
+def organism_folder() -> Path:
+    """Return the folder of the shipped organism: the checkout's `checkpoints/organism`, else the packaged copy.
+
+    Raises:
+        UserError: neither is there.
+    """
+    import sae
+
+    package = Path(str(sae.__file__)).parent if sae.__file__ else Path(__file__).resolve().parent.parent
+    for folder in (package.parent / "checkpoints" / "organism", package / "_data" / "checkpoints" / "organism"):
+        if (folder / "config.json").is_file():
+            return folder
+    raise UserError(f"no organism in {str(package.parent / 'checkpoints')!r}: train one with `sae organism train`.")
+
+
+def load_model(folder: Path | str | None = None) -> Any:
+    """Load an organism's Hugging Face model, in evaluation mode, without touching the network.
+
+    Args:
+        folder: where it was saved; the shipped one if not given.
+    """
+    from transformers import LlamaForCausalLM
+
+    path = Path(folder) if folder is not None else organism_folder()
+    if not (path / "config.json").is_file():
+        raise UserError(f"no organism in {str(path)!r}: give the folder that `sae organism train` wrote.")
+    model = LlamaForCausalLM.from_pretrained(path, local_files_only=True, dtype="float32")
+    return model.eval()
