@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sae.organism import corpus, world
+from sae.organism import corpus
 from sae.organism.tokenizer import render, token_ids
 
 PROMPT_WEIGHT = 0.1
@@ -198,8 +198,3 @@ def stream(kind: str, batch_seqs: int, n_batches: int, seed: int) -> Iterator[Ba
         rng.shuffle(chunks)
         yield from map(collate, chunks)
         done += window
-
-
-def answer_tokens() -> list[int]:
-    """List the ids of every value a fact can have."""
-    return [IDS[value] for values in world.RELATIONS.values() for value in values]

@@ -157,10 +157,12 @@ def grid_view(data: ReportData) -> dict[str, Any]:
     table = [{"sae": row, "cells": [read(row) for _, _, read in shown], "best": _is_best(row, rows)} for row in rows]
     names = {key.rpartition("/")[2] for record in data.curves for key in record}
     with_density = [row for row in rows if row.density_counts]
+    one_l0 = plots.one_l0(rows)
     return {
         "columns": [(name, hint) for name, hint, _ in shown],
         "rows": table,
-        "figure": Markup(plots.fvu_l0(rows)),
+        "figure": Markup(plots.fvu_size(rows) if one_l0 else plots.fvu_l0(rows)),
+        "figure_title": "Reconstruction against dictionary size." if one_l0 else "Reconstruction against sparsity.",
         "curves": [
             (label, Markup(plots.training_curves(data.curves, metric, label)))
             for metric, label in CURVES
@@ -196,13 +198,23 @@ def _is_best(row: SaeRow, rows: Sequence[SaeRow]) -> bool:
     return len(peers) > 1 and row.fvu is not None and row.fvu == min(peers)
 
 
+def _effect_columns(behavior: Behavior) -> list[str]:
+    """Return when side effects were measured, in the order of the other tables."""
+    found = [*behavior.kl_harmless, *(key for group in behavior.side_effects.values() for key in group)]
+    known = [key for key in RATE_LABELS if key in found]
+    return known + [key for key in dict.fromkeys(found) if key not in RATE_LABELS]
+
+
 def behavior_view(behavior: Behavior, *, redact: bool) -> dict[str, Any]:
     """Return everything the page shows about one behaviour."""
     verdicts = [findings.necessity(behavior), findings.sufficiency(behavior)]
-    chosen = [(behavior.hook_name, latent) for latent in behavior.latents + behavior.clamp_latents]
+    used = set(behavior.latents + behavior.clamp_latents)
+    chosen = [
+        row.hook_name == behavior.hook_name and row.d_sae in (behavior.d_sae, None) and row.latent in used
+        for row in behavior.ranking[:MAX_RANKED]
+    ]
     ranking = behavior.ranking[:MAX_RANKED]
     rates = [key for key in RATE_LABELS if any(key in row.rates for row in behavior.per_size)]
-    other = {key for row in behavior.per_size for key in row.rates if key not in RATE_LABELS}
     return {
         "b": behavior,
         "title": behavior.name.replace("_", " ").capitalize(),
@@ -222,12 +234,10 @@ def behavior_view(behavior: Behavior, *, redact: bool) -> dict[str, Any]:
         "dose_plot": Markup(plots.dose_response(behavior.dose_response, behavior.random_dose_response, behavior.name))
         if behavior.dose_response
         else None,
-        "size_rates": rates + sorted(other),
-        "effects": [
-            (name, RATE_LABELS.get(key, key), rate)
-            for name, group in behavior.side_effects.items()
-            for key, rate in group.items()
-        ],
+        "size_rates": rates,
+        "effects": behavior.side_effects,
+        "effect_columns": _effect_columns(behavior),
+        "verdict_names": {"behavior": behavior.name, "alternative": "normal reply", "degenerate": "broken reply"},
         "examples": [] if redact else behavior.examples[:MAX_EXAMPLES],
         "n_examples": len(behavior.examples),
     }

@@ -41,7 +41,7 @@ class SaeRow:
 
 @dataclass(frozen=True)
 class Ranked:
-    """One latent of the ranking, as measured on the selection split."""
+    """One latent of the ranking, as measured on the find split."""
 
     latent: int
     hook_name: str = ""
@@ -53,6 +53,7 @@ class Ranked:
     q: float | None = None
     density: float | None = None
     effect: float | None = None
+    d_sae: int | None = None
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,40 @@ def fvu_l0(saes: Sequence[SaeRow]) -> str:
     return figure.render(title, about)
 
 
+def fvu_size(saes: Sequence[SaeRow]) -> str:
+    """Draw reconstruction error against dictionary size, for a grid of one L0: a line per hook point."""
+    title = "Reconstruction error (FVU) against dictionary size"
+    rows = [s for s in saes if s.d_sae and is_finite(s.fvu)]
+    if not rows:
+        return _empty(title)
+    hooks = sorted({s.hook_name for s in rows}, key=natural)
+    figure = Figure(WIDTH, 330)
+    figure.legend([Key(short_hook(h) or "?", _colour(i)) for i, h in enumerate(hooks)])
+    figure.height = figure.top + 280
+    sizes, fvus = finite(s.d_sae for s in rows), finite(s.fvu for s in rows)
+    x = make_scale(sizes, figure.left, figure.x1, log=True, pad=0.08)
+    y = make_scale(fvus, figure.y1, figure.top, zero=True, pad=0.1)
+    ticks = [(size, number(size)) for size in sorted(set(sizes))]
+    figure.axes(x, y, "d_sae: latents in the dictionary", "FVU (lower is better)", x_ticks=ticks)
+    lines: dict[tuple[str, str, int], list[tuple[float, float]]] = {}
+    for row, size, fvu in zip(rows, sizes, fvus, strict=True):
+        lines.setdefault((row.hook_name, row.architecture, row.seed or 0), []).append((size, fvu))
+    for (hook, architecture, seed), points in lines.items():
+        colour = _colour(hooks.index(hook))
+        figure.path([(x(size), y(fvu)) for size, fvu in sorted(points)], cls=f"line thin soft k{colour}")
+        for size, fvu in points:
+            hover = f"{short_hook(hook)}, {architecture} d_sae {number(size)}, seed {seed}: FVU {number(fvu)}"
+            figure.marker(x(size), y(fvu), MARKERS[0], cls=f"dot k{colour}", hover=hover)
+    best = min(zip(fvus, sizes, strict=True))
+    return figure.render(title, f"{len(rows)} autoencoders; lowest FVU {number(best[0])} at d_sae {number(best[1])}.")
+
+
+def one_l0(saes: Sequence[SaeRow]) -> bool:
+    """Tell whether a grid has several sizes at a single L0, so that L0 is no axis."""
+    l0s = finite(s.l0 for s in saes if is_finite(s.l0))
+    return bool(l0s) and max(l0s) <= 1.05 * min(l0s) and len({s.d_sae for s in saes if s.d_sae}) > 1
+
+
 def density_histogram(edges: Sequence[float], counts: Sequence[float], label: str = "") -> str:
     """Draw how often latents fire: a histogram over log10 of the share of tokens."""
     title = f"Firing density of latents{': ' + label if label else ''}"
@@ -130,15 +164,31 @@ def density_histogram(edges: Sequence[float], counts: Sequence[float], label: st
     return figure.render(title, f"{number(sum(safe_counts))} latents fired at least once.")
 
 
-def ranked_latents(rows: Sequence[Ranked], chosen: Sequence[tuple[str, int]] = (), limit: int = 14) -> str:
-    """Draw the best latents with their interval: filled where significant, hollow where not."""
+def ranked_latents(rows: Sequence[Ranked], chosen: Sequence[bool] = (), limit: int = 14) -> str:
+    """Draw the best latents with their interval: filled where significant, hollow where not.
+
+    `chosen` says for each row whether it is one of the latents of the causal test.
+    """
     title = "Latents ranked by how well they tell the behaviour apart (AUROC)"
-    shown = [row for row in rows if is_finite(row.auroc)][:limit]
+    stars = [*chosen, *[False] * (len(rows) - len(chosen))]
+    kept = [(row, star) for row, star in zip(rows, stars, strict=True) if is_finite(row.auroc)][:limit]
+    shown = [row for row, _ in kept]
     if not shown:
         return _empty(title)
+    sizes = len({row.d_sae for row in shown}) > 1
     varied = len({row.position for row in shown}) > 1
     labels = [
-        " · ".join([plain for plain in (short_hook(r.hook_name).split(" ")[0], str(r.latent)) if plain])
+        " · ".join(
+            [
+                plain
+                for plain in (
+                    short_hook(r.hook_name).split(" ")[0],
+                    f"{r.d_sae}" if sizes and r.d_sae else "",
+                    str(r.latent),
+                )
+                if plain
+            ]
+        )
         + (f" · {r.position}" if varied and r.position else "")
         for r in shown
     ]
@@ -148,17 +198,17 @@ def ranked_latents(rows: Sequence[Ranked], chosen: Sequence[tuple[str, int]] = (
         [
             Key("significant (q < 0.05)", 1, marker="circle"),
             Key("not significant", 1, marker="ring"),
-            Key("★ used in the causal test", 0, marker="none") if chosen else Key("interval", 1),
-        ][: 3 if chosen else 2]
+            Key("★ used in the causal test", 0, marker="none"),
+        ][: 3 if any(stars) else 2]
     )
     figure.height = figure.top + 22 * len(shown) + figure.bottom
     bounds = [*finite(v for r in shown for v in (r.auroc, r.low, r.high)), 0.5, 1.0]
     x = Scale(min(bounds) - 0.01, max(bounds) + 0.01, figure.left, figure.x1)
-    figure.axes(x, make_scale([], figure.y1, figure.top), "AUROC on the selection split", "", y_ticks=[])
+    figure.axes(x, make_scale([], figure.y1, figure.top), "AUROC on the find split", "", y_ticks=[])
     figure.add("line", x1=x(0.5), x2=x(0.5), y1=figure.top, y2=figure.y1, cls="reference")
     for i, (row, label) in enumerate(zip(shown, labels, strict=True)):
         y, auroc = figure.top + 22 * i + 11, finite([row.auroc])[0]
-        star = (row.hook_name, row.latent) in chosen
+        star = kept[i][1]
         figure.text(
             figure.left - 10,
             y + 4,

@@ -145,7 +145,8 @@ def read_ranked(entry: Any) -> Ranked | None:
     if latent is None:
         return None
     numbers = {key: as_float(entry.get(key)) for key in ("auroc", "low", "high", "p", "q", "density", "effect")}
-    return Ranked(latent, as_text(entry.get("hook_name")), as_text(entry.get("position")), **numbers)
+    place = (as_text(entry.get("hook_name")), as_text(entry.get("position")))
+    return Ranked(latent, place[0], place[1], d_sae=as_int(entry.get("d_sae")), **numbers)
 
 
 def read_doses(entries: Any) -> list[Dose]:

@@ -47,8 +47,8 @@ def _rate(rate: Any, low: Any, high: Any) -> str:
     if not isinstance(rate, int | float) or not math.isfinite(rate):
         return DASH
     if isinstance(low, int | float) and isinstance(high, int | float):
-        return f"{100 * rate:.1f}% [{100 * low:.1f}, {100 * high:.1f}]"
-    return f"{100 * rate:.1f}%"
+        return f"{100 * rate:.3g}% [{100 * low:.3g}, {100 * high:.3g}]"
+    return f"{100 * rate:.3g}%"
 
 
 def text_cells(text: str) -> int:

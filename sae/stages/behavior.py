@@ -81,8 +81,8 @@ def make_settings(config: RunConfig) -> BehaviorSettings:
 
 def ensure_behaviors(config: RunConfig, lm: LanguageModel) -> dict[str, Any]:
     """Run the protocol for every configured behaviour, or read its results. Return `result.json`."""
-    clock = common.Clock()
     paths = ensure_trained(config, lm)
+    clock = common.Clock()
     contrasts = {}
     for name in config.behavior.contrast:
         contrast = open_contrast(name, config, lm)

@@ -28,8 +28,8 @@ from sae.stages.train import ensure_trained
 
 def ensure_evaluated(config: RunConfig, lm: LanguageModel) -> list[dict[str, Any]]:
     """Evaluate the run's SAEs, or read their evaluation. Return one record an SAE, in the order of the grid."""
-    clock = common.Clock()
     paths = ensure_trained(config, lm)
+    clock = common.Clock()
     tokens = ensure_tokens(config, lm)
     folder = config.folder / "eval"
     settings = {"eval": config.eval, "include_special": config.data.include_special}

@@ -98,7 +98,7 @@ def test_figures_are_drawn_and_their_text_does_not_overlap(browser: "playwright.
     page = open_page(browser, report, 1440)
     figures = page.locator("figure svg.plot:visible")
     assert figures.count() >= 9
-    for name in ("dose", "AUROC on the selection split", "L0: mean active latents per token", "step"):
+    for name in ("dose", "AUROC on the find split", "L0: mean active latents per token", "step"):
         assert page.locator("svg.plot text", has_text=name).first.is_visible()
     page.evaluate("document.querySelectorAll('details').forEach(node => node.open = true)")
     clashes = page.evaluate(

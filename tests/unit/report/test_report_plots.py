@@ -77,7 +77,7 @@ def test_histogram_is_well_formed(edges: list[float], counts: list[float], label
     )
 )
 def test_ranked_latents_is_well_formed(rows: list[Ranked]) -> None:
-    parse(plots.ranked_latents(rows, [("", 1)]))
+    parse(plots.ranked_latents(rows, [True] * len(rows)))
 
 
 @QUICK
@@ -202,11 +202,26 @@ def test_standalone_figure_brings_its_style() -> None:
     assert "prefers-color-scheme" in (style.text or "")
 
 
-def test_only_the_latents_of_the_tested_hook_point_are_starred() -> None:
+def test_only_the_latents_of_the_causal_test_are_starred() -> None:
     rows = [Ranked(7, "blocks.1.hook_mlp_out", auroc=0.9), Ranked(7, "blocks.2.hook_mlp_out", auroc=0.8)]
-    found = texts(plots.ranked_latents(rows, [("blocks.2.hook_mlp_out", 7)]))
+    found = texts(plots.ranked_latents(rows, [False, True]))
     assert "★ L2 · 7" in found
     assert "L1 · 7" in found
+
+
+def test_latents_of_several_sizes_are_told_apart() -> None:
+    rows = [Ranked(7, "blocks.1.hook_mlp_out", auroc=0.9, d_sae=d_sae) for d_sae in (256, 512)]
+    found = texts(plots.ranked_latents(rows, [False, True]))
+    assert "L1 · 256 · 7" in found
+    assert "★ L1 · 512 · 7" in found
+
+
+def test_a_grid_of_one_l0_is_drawn_over_its_sizes() -> None:
+    hook = "blocks.1.hook_resid_post"
+    grid = [SaeRow(hook, d_sae, "topk", l0=16.0, fvu=0.1) for d_sae in (256, 512)]
+    assert plots.one_l0(grid)
+    assert not plots.one_l0([*grid, SaeRow(hook, 256, "topk", l0=32.0, fvu=0.1)])
+    assert "d_sae: latents in the dictionary" in texts(plots.fvu_size(grid))
 
 
 def test_layers_are_sorted_as_numbers() -> None:

@@ -23,8 +23,8 @@ def test_table_aligns_numbers_right_and_text_left() -> None:
 
 def test_table_shows_rates_and_missing_cells() -> None:
     text = summary_table([["refusal", Rate(0.5, 0.4, 0.6, 10)], ["x"]], ["behaviour", "rate"])
-    assert "50.0% [40.0, 60.0]" in text
-    assert format_cell({"rate": 0.25}) == "25.0%"
+    assert "50% [40, 60]" in text
+    assert format_cell({"rate": 0.25}) == "25%"
     assert "(no rows)" in summary_table([], ["a"])
 
 
