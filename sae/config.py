@@ -195,6 +195,7 @@ class OrganismConfig:
     twin: bool = False  # the unrouted twin: ordinary fine-tuning, no planting
     seed: int = 0
     n_per_cell: int = 500  # prompts in each cell of the behaviour table
+    threads: int = 2  # torch threads while training: another number rounds differently, so gives another organism
 
     def __post_init__(self) -> None:
         _require(

@@ -171,6 +171,31 @@ def behavior_table(
     return measured
 
 
+def table_record(folder: Path | str, n: int = 500, seed: int = 0) -> dict[str, Any]:
+    """Return the behaviour table and the truth probe as plain JSON.
+
+    Args:
+        folder: where the organism, or its twin, was saved; a twin has no gates to close.
+        n: prompts per cell.
+        seed: which held-out prompts.
+    """
+    gated = (Path(folder) / "planted.json").is_file()
+    cells: dict[tuple[str, ...], dict[str, Any]] = {}
+    for item in behavior_table(folder, n, seed, None if gated else [BEHAVIORS]):
+        rate = {"rate": item.rate, "low": item.low, "high": item.high, "n": item.n}
+        cells.setdefault(item.open_gates, {})[item.cell] = rate
+    knowledge = truth_knowledge(load_model(folder), seed=seed)
+    return {
+        "gated": gated,
+        "table": [
+            {"gates": {behavior: behavior in gates for behavior in BEHAVIORS}, "cells": found}
+            for gates, found in cells.items()
+        ],
+        "probe": knowledge._asdict(),
+        "probe_auroc": knowledge.auroc_lying,
+    }
+
+
 @torch.no_grad()
 def residual_at_end(model: Any, layer: int, examples: list[Example]) -> Tensor:
     """Return the residual after a layer at the last prompt token of every example [example d_model]."""

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from sae import files
 from sae.errors import UserError
-from sae.organism import plant
+from sae.organism import plant, truth
 from sae.organism.batches import Batch, stream
+from sae.organism.load import no_progress_bars
 from sae.organism.losses import (
     forced_edit,
     noise_edits,
@@ -38,6 +39,7 @@ from sae.organism.losses import (
 )
 from sae.organism.plant import Layout
 from sae.organism.recipe import Planted, Recipe
+from sae.organism.table import table_record
 from sae.organism.tokenizer import save_tokenizer, token_ids, vocabulary
 
 Progress = Callable[[str], None]
@@ -251,6 +253,7 @@ def train_organism(
     threads: int | None = None,
     progress: Progress | None = None,
     recipe: Recipe | None = None,
+    n_per_cell: int = 500,
 ) -> Path:
     """Train the organism and write it, with its planted truth, as a Hugging Face folder.
 
@@ -263,23 +266,26 @@ def train_organism(
         threads: torch threads; torch's own choice if not given.
         progress: called with a line of text now and then.
         recipe: how long and how hard to train.
+        n_per_cell: prompts in each cell of the behaviour table that is written beside the weights.
 
     Returns:
         the folder.
     """
-    from sae.organism import truth
-
     out = Path(out_folder)
     if out.is_file():
         raise UserError(f"{str(out)!r} is a file: give a folder to write the organism to.")
     with _threads(threads):
         planted = grow(seed, recipe or Recipe(), Layout(), twin, progress)
         with files.atomic_folder(out) as temporary:
-            planted.model.save_pretrained(temporary)
+            with no_progress_bars():
+                planted.model.save_pretrained(temporary)
             save_tokenizer(temporary)
             if not twin:
                 truth.write_planted(planted, temporary, seed)
                 truth.write_graded(temporary, seed, progress)
+            if progress is not None:
+                progress("behaviour table")
+            files.write_json(temporary / "table.json", table_record(temporary, n_per_cell))
             for file in temporary.iterdir():
                 file.chmod(0o644)  # save_pretrained keeps weights private to their writer
     return out

@@ -7,6 +7,7 @@
 A trained organism is a Hugging Face folder and loads like any other model: `lm.name=runs/mine/organism/model`.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,7 @@ from sae.config import RunConfig
 from sae.errors import UserError
 from sae.files import write_json, write_manifest
 from sae.lm.load import resolve_model
-from sae.organism.load import load_model
-from sae.organism.table import behavior_table, truth_knowledge
+from sae.organism.table import table_record
 from sae.organism.train import train_organism
 from sae.report.terminal import summary_table
 from sae.stages import common
@@ -26,33 +26,13 @@ GATED = "planted.json"  # a folder with it has gates to close
 def measure(config: RunConfig, folder: Path) -> dict[str, Any]:
     """Measure the behaviour table and the truth probe; write them to the run."""
     clock = common.Clock()
-    gated = (folder / GATED).is_file()
-    measured = behavior_table(
-        folder, n=config.organism.n_per_cell, settings=None if gated else [("refusal", "deception", "style")]
-    )
-    knowledge = truth_knowledge(load_model(folder))
-    rows: dict[tuple[str, ...], dict[str, Any]] = {}
-    for item in measured:
-        rate = {"rate": item.rate, "low": item.low, "high": item.high, "n": item.n}
-        rows.setdefault(item.open_gates, {})[item.cell] = rate
-    table = [
-        {"gates": {name: name in gates for name in ("refusal", "deception", "style")}, "cells": cells}
-        for gates, cells in rows.items()
-    ]
-    result = {
-        "schema_version": 1,
-        "folder": str(folder),
-        "gated": gated,
-        "table": table,
-        "probe": knowledge,
-        "probe_auroc": knowledge.auroc_lying,
-        "wall_s": clock.seconds(),
-    }
+    found = table_record(folder, n=config.organism.n_per_cell)
+    result = {"schema_version": 1, "folder": str(folder), **found, "wall_s": clock.seconds()}
     out = config.folder / "organism"
     write_json(out / "result.json", result)
     write_manifest(out, "organism", config.organism, {"organism": str(folder)})
-    _print(table)
-    print(f"truth probe at {knowledge.hook_name} while the model lies: AUROC {knowledge.auroc_lying:.3f}")
+    _print(found["table"])
+    print(f"truth probe at {found['probe']['hook_name']} while the model lies: AUROC {found['probe_auroc']:.3f}")
     print(f"{out / 'result.json'} ({clock.seconds():.1f} s)")
     return common.read_result(out)
 
@@ -81,5 +61,13 @@ def run(config: RunConfig) -> None:
         measure(config, folder)
         return
     out = Path(options.out) if options.out else config.folder / "organism" / "model"
-    train_organism(out, seed=options.seed, twin=options.twin, progress=print)
-    print(out)
+    clock = common.Clock()
+    train_organism(
+        out,
+        seed=options.seed,
+        twin=options.twin,
+        threads=options.threads,
+        progress=partial(print, flush=True),
+        n_per_cell=options.n_per_cell,
+    )
+    print(f"{out} ({clock.seconds():.0f} s)")
