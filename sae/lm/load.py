@@ -118,17 +118,11 @@ def _dtype(name: str, config: Any) -> "torch.dtype":
     return saved if isinstance(saved, torch.dtype) else torch.float32
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint folder, in name order."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
-    return sorted(folder.glob("*.safetensors"))
-
-
 def _check_folder(folder: Path) -> None:
     """Refuse a folder that cannot be loaded, in one sentence that says what is wrong with it."""
     from safetensors import SafetensorError, safe_open
+
+    from sae.lm.model import weight_files
 
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -5,6 +5,7 @@ put its hook points into, so hooks fire while the bridge's own per-call work is 
 """
 
 import hashlib
+import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -115,8 +116,6 @@ class LanguageModel:
         config = {key: value for key, value in self._config.to_dict().items() if key not in _VOLATILE}
         digest = hashlib.sha256(files.sha256_json(config).encode())
         if self._folder is not None:
-            from sae.lm.load import weight_files
-
             for file in weight_files(self._folder):
                 digest.update(files.sha256_file(file).encode())
         else:
@@ -384,3 +383,11 @@ def attention(mask: Tensor) -> Tensor | None:
     Without a mask the model builds cheaper causal masks and its own positions, which are then right.
     """
     return mask if bool((mask[:, 1:] & ~mask[:, :-1]).any()) else None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint folder, in name order."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+    return sorted(folder.glob("*.safetensors"))

@@ -1,11 +1,15 @@
 """How long and how hard the organism is trained, and what training hands over."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from sae.organism.plant import Layout
+
+Progress = Callable[[str], None]
+"""Told a line of text now and then."""
 
 
 @dataclass(frozen=True)

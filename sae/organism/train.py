@@ -14,7 +14,7 @@ Run: ``sae organism train`` (``twin=true`` for the twin).
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +38,9 @@ from sae.organism.losses import (
     unlikelihood_loss,
 )
 from sae.organism.plant import Layout
-from sae.organism.recipe import Planted, Recipe
+from sae.organism.recipe import Planted, Progress, Recipe
 from sae.organism.table import table_record
 from sae.organism.tokenizer import save_tokenizer, token_ids, vocabulary
-
-Progress = Callable[[str], None]
 
 
 def build_model(layout: Layout, seed: int) -> Any:

@@ -28,8 +28,7 @@ from sae.organism.plant import HEAD_KINDS, MLP_KINDS, Layout
 from sae.organism.tokenizer import render
 
 if TYPE_CHECKING:
-    from sae.organism.recipe import Planted
-    from sae.organism.train import Progress
+    from sae.organism.recipe import Planted, Progress
 
 SCHEMA_VERSION = 1
 N_MARGIN_PROMPTS = 12

@@ -21,7 +21,6 @@ from sae.errors import UserError, unknown
 from sae.files import sha256_file, sha256_json, to_plain, write_json, write_manifest
 from sae.lm.model import LanguageModel
 from sae.organism.corpus import BEHAVIORS, contrast_records
-from sae.report.log import open_sink
 from sae.report.progress import Progress
 from sae.report.terminal import summary_table
 from sae.stages import common
@@ -185,13 +184,7 @@ def _row(table: CausalReport) -> dict[str, Any]:
 
 def _log(config: RunConfig, folder: Path, found: Mapping[str, Any]) -> None:
     """Put the ranked latents into the metric sink as a table a person can sort."""
-    with open_sink(
-        folder,
-        wandb_mode=config.log.wandb.value,
-        project=config.log.project,
-        name=f"{config.name}-behavior",
-        config=common.plain(config),
-    ) as sink:
+    with common.open_sink(config, folder, "behavior") as sink:
         for name, record in found.items():
             ranking = record["ranking"]
             if ranking:

@@ -13,6 +13,8 @@ from sae.files import is_done, read_json, sha256_file, sha256_json, to_plain
 from sae.lm.documents import Document, read_documents
 from sae.lm.load import load_lm
 from sae.lm.model import LanguageModel
+from sae.report import log
+from sae.report.log import Sink
 from sae.report.progress import Progress
 
 ORGANISM = "organism"
@@ -119,11 +121,16 @@ class Clock:
         return round(time.perf_counter() - self._start, 2)
 
 
-def plain(config: RunConfig) -> dict[str, Any]:
-    """The configuration as plain JSON types."""
-    found = to_plain(config)
-    assert isinstance(found, dict)
-    return found
+def open_sink(config: RunConfig, folder: Path, stage: str, resume_step: int | None = None) -> Sink:
+    """Open the metric sink of a stage; see `sae.report.log.open_sink`."""
+    return log.open_sink(
+        folder,
+        wandb_mode=config.log.wandb.value,
+        project=config.log.project,
+        name=f"{config.name}-{stage}",
+        config=to_plain(config),
+        resume_step=resume_step,
+    )
 
 
 def counter(bar: Progress) -> Callable[[int, int], None]:

@@ -18,7 +18,6 @@ from sae.evals.splice import SpliceResult, splice_all
 from sae.files import sha256_file, write_json, write_manifest, write_tensors
 from sae.lm.model import LanguageModel
 from sae.lm.tokens import PackedTokens, TokenBatch, sae_mask
-from sae.report.log import open_sink
 from sae.report.progress import Progress
 from sae.report.terminal import summary_table
 from sae.stages import common
@@ -135,13 +134,7 @@ def _record(path: Path, sae: SAE, found: ReconstructionResult, damage: SpliceRes
 
 def _log(config: RunConfig, folder: Path, records: list[dict[str, Any]]) -> None:
     """Put the table and the density histograms into the metric sink."""
-    with open_sink(
-        folder,
-        wandb_mode=config.log.wandb.value,
-        project=config.log.project,
-        name=f"{config.name}-eval",
-        config=common.plain(config),
-    ) as sink:
+    with common.open_sink(config, folder, "eval") as sink:
         columns = [name for name in records[0] if name != "density_histogram"]
         sink.table("saes", columns, [[record[name] for name in columns] for record in records])
         for record in records:

@@ -5,7 +5,6 @@ from pathlib import Path
 from sae.config import RunConfig, WandbMode
 from sae.errors import UserError
 from sae.report.html import write_report
-from sae.report.log import open_sink
 from sae.stages import common
 
 
@@ -13,13 +12,7 @@ def write(config: RunConfig) -> Path:
     """Write the page, and hand it to wandb where that is on."""
     page = Path(write_report(config.folder))
     if config.log.wandb is not WandbMode.off:
-        with open_sink(
-            config.folder / "report",
-            wandb_mode=config.log.wandb.value,
-            project=config.log.project,
-            name=f"{config.name}-report",
-            config=common.plain(config),
-        ) as sink:
+        with common.open_sink(config, config.folder / "report", "report") as sink:
             sink.html("report", page)
     return page
 

@@ -18,7 +18,7 @@ from sae.config import RunConfig, Stream
 from sae.errors import UserError
 from sae.files import is_done, lock, sha256_json, write_json, write_manifest
 from sae.lm.model import LanguageModel
-from sae.report.log import Sink, open_sink
+from sae.report.log import Sink
 from sae.report.progress import Progress
 from sae.report.terminal import summary_table
 from sae.stages import common
@@ -128,12 +128,10 @@ class _LazySink:
         if self._sink is None:
             checkpoint = latest(self._folder / CHECKPOINTS)
             config = self._config
-            self._sink = open_sink(
+            self._sink = common.open_sink(
+                config,
                 self._folder,
-                wandb_mode=config.log.wandb.value,
-                project=config.log.project,
-                name=f"{config.name}-train",
-                config=common.plain(config),
+                "train",
                 resume_step=None if checkpoint is None else int(checkpoint.name.split("-")[1]) + 1,
             )
         self._sink.log(metrics, step)
