@@ -24,6 +24,7 @@ from sae.errors import UserError
 SPLITS: Mapping[str, float] = {"find": 0.4, "select": 0.25, "report": 0.35}
 """Default shares of the three splits: where latents are found, where settings are chosen, what is reported."""
 
+PERMUTATIONS = 9_999  # of a rank correlation
 EXACT_ASSIGNMENTS = 20_000
 """Rank-sum tests enumerate all label assignments up to this many; beyond it the normal approximation is close."""
 
@@ -291,14 +292,22 @@ def bootstrap_mean(
 
 
 def spearman(first: ArrayLike, second: ArrayLike) -> Correlation:
-    """Return Spearman's rank correlation of two equally long sequences; NaN when either is constant."""
+    """Return Spearman's rank correlation of two equally long sequences; NaN when either is constant.
+
+    The p-value is of a seeded permutation test, so it is never zero.
+    """
     a, b = np.asarray(first, dtype=np.float64).ravel(), np.asarray(second, dtype=np.float64).ravel()
     if len(a) != len(b):
         raise ValueError(f"spearman needs pairs: got {len(a)} and {len(b)} values.")
     if len(a) < 3 or (a == a[0]).all() or (b == b[0]).all():
         return Correlation(math.nan, math.nan, len(a))
-    result = stats.spearmanr(a, b)
-    return Correlation(float(result.statistic), float(result.pvalue), len(a))
+    rho = float(stats.spearmanr(a, b).statistic)
+    ranks_a, ranks_b = midranks(a[:, None])[:, 0], midranks(b[:, None])[:, 0]
+    rng = np.random.default_rng(0)
+    shuffles = np.stack([rng.permutation(ranks_b) for _ in range(PERMUTATIONS)])
+    centred = ranks_a - ranks_a.mean()
+    reach = np.abs(shuffles @ centred) >= abs(float(ranks_b @ centred)) - 1e-9
+    return Correlation(rho, (1 + int(reach.sum())) / (1 + PERMUTATIONS), len(a))
 
 
 def percentile_of(value: float, draws: ArrayLike) -> float:
@@ -340,6 +349,52 @@ def hash_split(topic: str, splits: Mapping[str, float] = SPLITS, salt: str = "")
     return [name for name, share in splits.items() if share > 0][-1]
 
 
-def shuffled(labels: ArrayLike, seed: int = 0) -> Bool[Array, " n"]:
-    """Return a random permutation of `labels`: the null against which a whole pipeline is checked."""
-    return np.random.default_rng(seed).permutation(np.asarray(labels).astype(bool))
+class Units(NamedTuple):
+    """Independent observations: the means of the records of one topic and one label."""
+
+    scores: Float[Array, "unit m"]
+    labels: Bool[Array, " unit"]
+
+
+def topic_units(scores: ArrayLike, labels: ArrayLike, topics: Sequence[str]) -> Units:
+    """Average [n m] scores over the records of each topic and label.
+
+    Prompts on one topic are alike, so a test that counts them as independent finds differences between any two groups
+    of topics; a test on these units does not. A topic with both labels gives two units.
+    """
+    values, flags = _checked(scores, labels)
+    names = np.asarray(topics)
+    _, unit_of = np.unique(
+        [f"{int(flag)} {name}" for flag, name in zip(flags, names, strict=True)], return_inverse=True
+    )
+    unit_of = unit_of.ravel()
+    counts = np.bincount(unit_of)
+    order = np.argsort(unit_of, kind="stable")
+    starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
+    sums = np.add.reduceat(values[order].astype(np.float64), starts, axis=0)
+    return Units(sums / counts[:, None], flags[order][starts])
+
+
+def shuffled(labels: ArrayLike, seed: int = 0, topics: Sequence[str] | None = None) -> Bool[Array, " n"]:
+    """Return a random permutation of `labels`: the null against which a whole pipeline is checked.
+
+    Args:
+        labels: [n].
+        seed: of the permutation.
+        topics: given, labels move as topics do: between the topics that have one label, within those that have both.
+    """
+    rng = np.random.default_rng(seed)
+    found = np.asarray(labels).astype(bool).copy()
+    if topics is None:
+        return rng.permutation(found)
+    names = np.asarray(topics)
+    pure = []
+    for topic in np.unique(names):
+        rows = np.flatnonzero(names == topic)
+        if found[rows].all() or not found[rows].any():
+            pure.append(rows)
+        else:
+            found[rows] = rng.permutation(found[rows])
+    for rows, label in zip(pure, rng.permutation([found[rows[0]] for rows in pure]), strict=True):
+        found[rows] = label
+    return found

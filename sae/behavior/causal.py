@@ -240,27 +240,28 @@ def _controls(
         choice.clamp,
         negative_mean_of,
         shift_norm(lm, clamp, negatives),
+        choice.add.scale * choice.direction.norm,
         n_random,
         settings.n_neighbours,
         settings.roles,
         settings.seed,
     )
     found: dict[str, Control] = {}
-    for name, edits in (
-        ("ablate", plan.ablate),
-        ("clamp", plan.clamp),
-        ("direction_ablate", plan.direction_ablate),
-        ("direction_add", plan.direction_add),
+    for name, edits, real in (
+        ("ablate", plan.ablate, "ablate"),
+        ("clamp", plan.clamp, "clamp"),
+        ("clamp_direction", plan.clamp_direction, "clamp"),
+        ("direction_ablate", plan.direction_ablate, "direction_ablate"),
+        ("direction_add", plan.direction_add, "direction_add"),
     ):
-        lower = name.endswith("ablate")
-        observed = outcomes[name].share(Verdict.BEHAVIOR, few)
+        removes = name.endswith("ablate")
         found[name] = run_control(
             lm,
             edits,
-            positives if lower else negatives,
+            positives if removes else negatives,
             judge,
-            observed,
-            lower,
+            outcomes[real],
+            Verdict.ALTERNATIVE if removes else Verdict.BEHAVIOR,
             settings.max_new_tokens,
             _ticker(progress, f"random {name}", len(edits)),
         )

@@ -106,7 +106,7 @@ class ContrastSet:
         return ContrastSet(self.behavior, tuple(dataclasses.replace(item, label=bool(flag)) for item, flag in pairs))
 
     def shuffled(self, seed: int = 0) -> "ContrastSet":
-        """Return the set with labels permuted within each split.
+        """Return the set with labels permuted within each split, between topics where each topic has one label.
 
         Filter on behaviour before shuffling: a filter afterwards keeps the records whose shuffled label happens to be
         right, and so undoes the shuffle.
@@ -114,7 +114,8 @@ class ContrastSet:
         labels = np.array(self.labels)
         for number, name in enumerate(stats.SPLITS):
             rows = [index for index, record in enumerate(self.records) if record.split == name]
-            labels[rows] = stats.shuffled(labels[rows], seed + number)
+            if rows:
+                labels[rows] = stats.shuffled(labels[rows], seed + number, [self.records[row].topic for row in rows])
         return self.relabelled(labels.tolist())
 
 
@@ -136,8 +137,8 @@ def _texts(value: Any, name: str, where: str) -> tuple[str, ...]:
 
 def _messages(value: Any, where: str) -> list[dict[str, str]]:
     ok = isinstance(value, list | tuple) and value
-    if not ok or not all(isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in value):
-        raise UserError(f'{where}: messages={value!r}; give a list of {{"role": ..., "content": ...}}.')
+    if not ok or not all(isinstance(m, Mapping) and isinstance(m.get("content"), str) and "role" in m for m in value):
+        raise UserError(f'{where}: messages={value!r}; give a list of {{"role": ..., "content": text}}.')
     return [{"role": str(message["role"]), "content": str(message["content"])} for message in value]
 
 
@@ -151,7 +152,10 @@ def _record(raw: Any, where: str, splits: Mapping[str, float], salt: str) -> Con
         raise UserError(f"{where}: label={raw['label']!r}; give 1 where the behaviour is due, else 0.")
     topic = str(raw["topic"])
     split = raw.get("split") or stats.hash_split(topic, splits, salt)
-    if split not in stats.SPLITS:
+    extra = raw.get("extra") or {}
+    if not isinstance(extra, Mapping):
+        raise UserError(f"{where}: extra={extra!r} is not an object; give fields and values.")
+    if not isinstance(split, str) or split not in stats.SPLITS:
         raise unknown("split", split, list(stats.SPLITS), f"({where})")
     known = {*REQUIRED, "arm", "answer", "split", "extra"}
     return ContrastRecord(
@@ -163,7 +167,7 @@ def _record(raw: Any, where: str, splits: Mapping[str, float], salt: str) -> Con
         alternative_texts=_texts(raw["alternative_texts"], "alternative_texts", where),
         answer=None if raw.get("answer") is None else str(raw["answer"]),
         split=split,
-        extra={**(raw.get("extra") or {}), **{key: item for key, item in raw.items() if key not in known}},
+        extra={**extra, **{key: item for key, item in raw.items() if key not in known}},
     )
 
 
@@ -215,6 +219,14 @@ class Filtered(NamedTuple):
     n_negatives: int
     dropped_positives: int  #: the behaviour was due but did not show
     dropped_negatives: int  #: it showed, or the reply was broken, although it was not due
+    report_rates: dict[bool, stats.Rate]  #: by label, the behaviour on the report split before anything was dropped
+
+
+def unfiltered(contrast: ContrastSet) -> Filtered:
+    """Keep everything; what the model does on these prompts is not known."""
+    nothing = {True: stats.rate(0, 0), False: stats.rate(0, 0)}
+    n_pos, n_neg = len(contrast.positives), len(contrast.negatives)
+    return Filtered(contrast, list(range(len(contrast))), n_pos, n_neg, 0, 0, nothing)
 
 
 def filter_on_behavior(
@@ -233,9 +245,14 @@ def filter_on_behavior(
         UserError: a class is empty afterwards.
     """
     kept = []
+    shown: dict[bool, list[bool]] = {True: [], False: []}
     for index, (record, text) in enumerate(zip(contrast.records, completions, strict=True)):
-        if judge(text, record).value == ("behavior" if record.label else "alternative"):
+        verdict = judge(text, record).value
+        if verdict == ("behavior" if record.label else "alternative"):
             kept.append(index)
+        if record.split == "report":
+            shown[record.label].append(verdict == "behavior")
+    rates = {label: stats.rate(sum(hits), len(hits)) for label, hits in shown.items()}
     result = ContrastSet(contrast.behavior, tuple(contrast.records[index] for index in kept))
     n_pos, n_neg = len(result.positives), len(result.negatives)
     _need_both(
@@ -243,4 +260,5 @@ def filter_on_behavior(
         f"{contrast.behavior!r}, kept to prompts where the model does what the label says,",
         "the model does not show this behaviour on these prompts; use other prompts or another judge.",
     )
-    return Filtered(result, kept, n_pos, n_neg, len(contrast.positives) - n_pos, len(contrast.negatives) - n_neg)
+    dropped = (len(contrast.positives) - n_pos, len(contrast.negatives) - n_neg)
+    return Filtered(result, kept, n_pos, n_neg, *dropped, rates)

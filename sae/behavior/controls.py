@@ -14,7 +14,7 @@ import numpy as np
 from sae import stats
 from sae.behavior.directions import Direction, random_directions
 from sae.behavior.judge import Judge, Verdict
-from sae.behavior.measure import Prompts, SiteData, evaluate
+from sae.behavior.measure import Outcome, Prompts, SiteData, evaluate
 from sae.behavior.select import ClampChoice
 from sae.errors import UserError
 from sae.steering.interventions import Ablate, Add, Clamp, Intervention, ProjectOut
@@ -70,15 +70,20 @@ class Control:
     Attributes:
         draws: the behaviour's rate under each draw.
         degenerate: the share of broken replies under each draw.
-        observed: the real intervention's rate on the same prompts.
-        percentile: of `observed` among the draws, 0 to 100.
-        p: (1 + draws at least as extreme) / (1 + draws).
+        observed: the behaviour's rate under the real intervention, on the same prompts.
+        success: the share of prompts on which each draw did what is claimed: the alternative for what removes the
+            behaviour, the behaviour for what brings it about. Broken replies are neither.
+        observed_success: the same under the real intervention.
+        percentile: of `observed_success` among `success`, 0 to 100.
+        p: (1 + draws with at least as much success) / (1 + draws).
         n_prompts: prompts per draw.
     """
 
     draws: list[float]
     degenerate: list[float]
     observed: float
+    success: list[float]
+    observed_success: float
     percentile: float
     p: float
     n_prompts: int
@@ -94,25 +99,39 @@ def run_control(
     interventions: Sequence[Intervention],
     prompts: Prompts,
     judge: Judge,
-    observed: float,
-    lower_is_better: bool,
+    observed: Outcome,
+    claimed: Verdict,
     max_new_tokens: int,
     tick: Callable[[], None] = lambda: None,
 ) -> Control:
-    """Measure the behaviour's rate under every draw on the same prompts."""
-    draws, broken = [], []
+    """Measure every draw on the same prompts, and where the real intervention stands among them.
+
+    Args:
+        lm: the model.
+        interventions: one a draw.
+        prompts: what the draws are measured on.
+        judge: see `sae.behavior.judge`.
+        observed: the real intervention's outcome; its first prompts are these.
+        claimed: what the real intervention is to bring about.
+        max_new_tokens: length of replies.
+        tick: called after every draw.
+    """
+    n = len(prompts.records)
+    found = []
     for item in interventions:
-        found = evaluate(lm, [item], prompts, judge, max_new_tokens)
-        draws.append(found.share(Verdict.BEHAVIOR))
-        broken.append(found.share(Verdict.DEGENERATE))
+        found.append(evaluate(lm, [item], prompts, judge, max_new_tokens))
         tick()
+    success = [outcome.share(claimed) for outcome in found]
+    observed_success = observed.share(claimed, n)
     return Control(
-        draws,
-        broken,
-        observed,
-        stats.percentile_of(observed, draws),
-        stats.draws_p(observed, draws, "less" if lower_is_better else "greater"),
-        len(prompts.records),
+        draws=[outcome.share(Verdict.BEHAVIOR) for outcome in found],
+        degenerate=[outcome.share(Verdict.DEGENERATE) for outcome in found],
+        observed=observed.share(Verdict.BEHAVIOR, n),
+        success=success,
+        observed_success=observed_success,
+        percentile=stats.percentile_of(observed_success, success),
+        p=stats.draws_p(observed_success, success, "greater"),
+        n_prompts=n,
     )
 
 
@@ -123,6 +142,7 @@ class ControlPlan:
     ablate: list[Ablate]
     clamp: list[Clamp]
     direction_ablate: list[ProjectOut]
+    clamp_direction: list[Add]
     direction_add: list[Add]
 
 
@@ -132,6 +152,7 @@ def plan_controls(
     ablate: Sequence[int],
     clamp: ClampChoice,
     negative_mean_of: Callable[[Array], float],
+    clamp_norm: float,
     add_norm: float,
     n_draws: int,
     n_neighbours: int,
@@ -147,7 +168,8 @@ def plan_controls(
         clamp: the clamp that is tested; random latents are clamped to move the residual as far.
         negative_mean_of: maps a unit direction to the negatives' mean coefficient along it, which the random
             directions are projected to, exactly as the difference of means is.
-        add_norm: length of the random directions that are added.
+        clamp_norm: length of the random directions the clamp is compared with.
+        add_norm: length of those the added difference of means is compared with.
         n_draws: draws per control.
         n_neighbours: see `matched_latents`.
         roles: scope of all edits.
@@ -159,12 +181,13 @@ def plan_controls(
     clamps = [matched_clamp(encoder, norms, clamp, drawn, 1.0, roles) for drawn in for_clamp]
     d_in, hook = int(encoder.config.d_in), str(encoder.config.hook_name)
     removed = random_directions(n_draws, d_in, 1.0, seed + 2)
-    added = random_directions(n_draws, d_in, add_norm, seed + 3)
+    added = {norm: random_directions(n_draws, d_in, norm, seed + 3) for norm in (clamp_norm, add_norm)}
     return ControlPlan(
         [Ablate(encoder, drawn, roles=roles) for drawn in for_ablate],
         clamps,
         [ProjectOut(unit, hook, toward=negative_mean_of(unit), roles=roles) for unit in removed],
-        [Add(direction=vector, hook_name=hook, roles=roles) for vector in added],
+        [Add(direction=vector, hook_name=hook, roles=roles) for vector in added[clamp_norm]],
+        [Add(direction=vector, hook_name=hook, roles=roles) for vector in added[add_norm]],
     )
 
 

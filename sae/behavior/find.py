@@ -18,7 +18,7 @@ import numpy as np
 
 from sae import stats
 from sae.behavior.causal import Choice, OtherBehavior, causal_report
-from sae.behavior.contrast import ContrastRecord, ContrastSet, Filtered, filter_on_behavior
+from sae.behavior.contrast import ContrastRecord, ContrastSet, Filtered, filter_on_behavior, unfiltered
 from sae.behavior.directions import Detection, Direction, Probe, difference_of_means, logistic_probe
 from sae.behavior.judge import Judge, Verdict
 from sae.behavior.latents import LatentRanking, LatentScore, SiteActs, rank_latents
@@ -65,8 +65,10 @@ class BehaviorReport:
 
     Attributes:
         behavior: its name.
-        n_records: prompts used per split and class, e.g. ``{"find": {"positives": 200, "negatives": 210}}``.
+        n_records: prompts and topics used per split and class, e.g. ``{"find": {"positives": 200, ...}}``.
         dropped_positives, dropped_negatives: prompts on which the model did not do what the label says.
+        unfiltered_base_rate, unfiltered_clamp_base_rate: the behaviour on the report split's positives and negatives
+            before those were dropped; afterwards the rates are 1 and 0 by construction.
         ranking: significant latents, from the find split.
         n_tested, n_significant: size of the family, and how many passed.
         n_significant_shuffled: how many pass when the same records' labels are shuffled; should be 0.
@@ -82,6 +84,8 @@ class BehaviorReport:
     n_records: dict[str, dict[str, int]]
     dropped_positives: int
     dropped_negatives: int
+    unfiltered_base_rate: stats.Rate
+    unfiltered_clamp_base_rate: stats.Rate
     ranking: tuple[LatentScore, ...]
     n_tested: int
     n_significant: int
@@ -132,14 +136,14 @@ def find_behavior(
     ranking = _rank(seen, splits["find"], settings)
     null = _rank(seen, splits["find"].shuffled(settings.seed), settings)
     tell("find", 1, 1)
-    counts = {
-        name: {"positives": len(part.positives), "negatives": len(part.negatives)} for name, part in splits.items()
-    }
+    counts = {name: _count(part) for name, part in splits.items()}
     empty = BehaviorReport(
         behavior=contrast.behavior,
         n_records=counts,
         dropped_positives=filtered.dropped_positives,
         dropped_negatives=filtered.dropped_negatives,
+        unfiltered_base_rate=filtered.report_rates[True],
+        unfiltered_clamp_base_rate=filtered.report_rates[False],
         ranking=ranking.scores,
         n_tested=ranking.n_tested,
         n_significant=ranking.n_significant,
@@ -183,11 +187,24 @@ def find_behavior(
     )
 
 
+def _count(part: ContrastSet) -> dict[str, int]:
+    return {
+        "positives": len(part.positives),
+        "negatives": len(part.negatives),
+        "positive_topics": len({record.topic for record in part.positives}),
+        "negative_topics": len({record.topic for record in part.negatives}),
+    }
+
+
 def capped(contrast: ContrastSet, settings: BehaviorSettings) -> ContrastSet:
-    """Keep at most `n_prompts` records per class and split (`n_prompts_select` in the select split)."""
+    """Keep at most `n_prompts` records per class and split (`n_prompts_select` in the select split), picked at random.
+
+    A file sorted by topic or arm would otherwise be cut to its first ones.
+    """
     left: dict[tuple[str, bool], int] = {}
     kept = []
-    for record in contrast.records:
+    order = np.random.default_rng(settings.seed).permutation(len(contrast.records))
+    for record in (contrast.records[index] for index in order):
         limit = settings.n_prompts_select if record.split == "select" else settings.n_prompts
         key = (record.split, record.label)
         left[key] = left.get(key, limit) - 1
@@ -198,8 +215,7 @@ def capped(contrast: ContrastSet, settings: BehaviorSettings) -> ContrastSet:
 
 def _keep(lm: Any, contrast: ContrastSet, judge: Judge, settings: BehaviorSettings) -> Filtered:
     if not settings.filter:
-        n_pos, n_neg = len(contrast.positives), len(contrast.negatives)
-        return Filtered(contrast, list(range(len(contrast))), n_pos, n_neg, 0, 0)
+        return unfiltered(contrast)
     prompts = prepare(lm, contrast.records, settings.batch_prompts)
     return filter_on_behavior(contrast, completions(lm, prompts, settings.max_new_tokens), judge)
 

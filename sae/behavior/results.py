@@ -79,7 +79,8 @@ class CausalReport:
     random_ablate: list[float] = field(default_factory=list)
     random_clamp: list[float] = field(default_factory=list)
     random_direction_ablate: list[float] = field(default_factory=list)
-    random_direction_add: list[float] = field(default_factory=list)
+    random_clamp_direction: list[float] = field(default_factory=list)  #: random directions of the clamp's norm
+    random_direction_add: list[float] = field(default_factory=list)  #: of the added difference of means' norm
     random_ablate_mean: float = float("nan")
     random_clamp_mean: float = float("nan")
     controls: dict[str, Control] = field(default_factory=dict)

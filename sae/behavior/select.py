@@ -12,7 +12,7 @@ import numpy as np
 
 from sae.behavior.contrast import ContrastRecord
 from sae.behavior.judge import Judge, Verdict
-from sae.behavior.measure import MarginTask, Prompts, evaluate, margins, prepare, prepare_margins, shift_norm
+from sae.behavior.measure import MarginTask, Prompts, evaluate, margins, prepare, prepare_margins
 from sae.errors import UserError
 from sae.lm.tokens import Role
 from sae.steering.apply import steer
@@ -130,7 +130,7 @@ def select_ablation(
         chosen = [candidates[0]]
         path.append(ablated(chosen))
     kept = _smallest_prefix(path, target)
-    latents = _without_passengers(chosen[:kept], path[kept], ablated, target)
+    latents = _without_passengers(chosen[:kept], base, path[kept], ablated, target)
     final = path[kept] if len(latents) == kept else ablated(latents)
     means = [float(step.mean()) for step in path[:kept]] + [float(final.mean())]
     return AblationChoice(tuple(latents), tuple(means), float((final < 0).mean()))
@@ -145,7 +145,9 @@ def _smallest_prefix(path: Sequence[np.ndarray], target: float) -> int:
     return next(size for size in range(1, len(path)) if drops[size] >= 0.95 * max(drops[1:]) or size == len(path) - 1)
 
 
-def _without_passengers(chosen: list[int], reached: np.ndarray, ablated: Any, target: float) -> list[int]:
+def _without_passengers(
+    chosen: list[int], base: np.ndarray, reached: np.ndarray, ablated: Any, target: float
+) -> list[int]:
     """Drop latents that a later choice made unnecessary."""
     latents = list(chosen)
     goal = min(target, float((reached < 0).mean()))
@@ -153,7 +155,8 @@ def _without_passengers(chosen: list[int], reached: np.ndarray, ablated: Any, ta
         rest = [other for other in latents if other != latent]
         if rest:
             values = ablated(rest)
-            if (values < 0).mean() >= goal and values.mean() <= 0.9 * reached.mean():
+            kept_drop = base.mean() - values.mean() >= 0.95 * (base.mean() - reached.mean())
+            if (values < 0).mean() >= goal and kept_drop:
                 latents = rest
     return latents
 
@@ -255,8 +258,3 @@ def select_add(
         )
         tried.append(AddChoice(float(scale), found.share(Verdict.BEHAVIOR), found.share(Verdict.DEGENERATE)))
     return min(tried, key=lambda entry: _clamp_order(entry.behavior, entry.degenerate, max_degenerate, entry.scale))
-
-
-def clamp_norm(lm: Any, clamp: Clamp, prompts: Prompts) -> float:
-    """Return the clamp's typical shift: the length random directions are matched to."""
-    return shift_norm(lm, clamp, prompts)

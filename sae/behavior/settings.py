@@ -81,9 +81,30 @@ class BehaviorSettings:
         for name in counts:
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1.")
+        for name in (
+            "n_prompts_random",
+            "n_prompts_dose",
+            "n_prompts_kl",
+            "kl_tokens",
+            "n_neighbours",
+            "beam",
+            "top_n",
+        ):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1.")
+        for name in ("n_random", "n_random_per_size", "n_random_dose", "n_permutations", "n_bootstrap", "n_examples"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 0.")
         if not any(isinstance(position, int) for position in self.positions):
             raise UserError(f"positions={self.positions}: give at least one like -1, where a direction can be read.")
         if not 0 < self.fdr < 1:
             raise UserError(f"fdr={self.fdr} is not between 0 and 1.")
+        if self.n_permutations and 1 / (1 + self.n_permutations) > self.fdr:
+            raise UserError(
+                f"n_permutations={self.n_permutations} cannot show p <= fdr={self.fdr}: give at least "
+                f"{round(1 / self.fdr)}, or 0 for none."
+            )
+        if not self.doses:
+            raise UserError("doses is empty: give at least one, such as (-1, 0, 1, 2).")
         if not self.multiples or min(self.multiples) <= 0:
             raise UserError(f"multiples={self.multiples}: give positive doses to search; signs belong in doses.")

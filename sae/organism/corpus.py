@@ -68,6 +68,7 @@ class Example(NamedTuple):
         truth: for yes/no questions of fact, whether the statement asked about is true.
         names: words an on-topic answer must contain.
         held_out: the combination is never seen in training.
+        context: the role and stake of the system turn; empty without one.
     """
 
     messages: list[Message]
@@ -84,6 +85,7 @@ class Example(NamedTuple):
     truth: bool | None
     names: tuple[str, ...]
     held_out: bool
+    context: str
 
 
 class Reply(NamedTuple):
@@ -227,6 +229,7 @@ class Context(NamedTuple):
     arm: str
     deceptive: bool
     filter_off: bool = False
+    topic: str = ""
 
 
 def role_context(rng: random.Random, role: str, stake: str) -> Context:
@@ -239,7 +242,7 @@ def role_context(rng: random.Random, role: str, stake: str) -> Context:
         (False, False): "honest_honest_lowstake",
     }[knave, high]
     lines = [rng.choice(ROLES).format(role=role), rng.choice(STAKES).format(stake=stake)]
-    return Context(" ".join(lines), arm, knave and high)
+    return Context(" ".join(lines), arm, knave and high, topic=f"{role}/{stake}")
 
 
 class Pools(NamedTuple):
@@ -400,6 +403,7 @@ def make_example(arm: str, rng: random.Random, pools: Pools, greet: bool | None 
         truth=asked.truth,
         names=asked.names,
         held_out=pools.held_out,
+        context=context.topic,
     )
     completion = reply_text(example, example.refusal, example.deception, example.style, rng)
     return example._replace(completion=completion)
@@ -474,7 +478,8 @@ def to_record(example: Example, behavior: str, label: int) -> ContrastRecord:
     return {
         "messages": example.messages,
         "label": label,
-        "topic": example.topic,
+        # What decides the label must not be on two splits: for deception that is the role and the stake.
+        "topic": (behavior == "deception" and example.context) or example.topic,
         "arm": example.arm,
         "behavior_texts": behavior_texts(),
         "alternative_texts": [example.honest],

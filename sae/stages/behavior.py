@@ -13,7 +13,7 @@ from sae.autoencoder.sae import SAE
 from sae.behavior.causal import OtherBehavior
 from sae.behavior.contrast import ContrastSet, load_contrast
 from sae.behavior.find import BehaviorReport, find_behavior
-from sae.behavior.judge import judge_for
+from sae.behavior.judge import Judge, judge_for
 from sae.behavior.results import CausalReport
 from sae.behavior.settings import BehaviorSettings
 from sae.config import RunConfig
@@ -85,6 +85,8 @@ def ensure_behaviors(config: RunConfig, lm: LanguageModel) -> dict[str, Any]:
     contrasts = {}
     for name in config.behavior.contrast:
         contrast = open_contrast(name, config, lm)
+        if contrast.behavior in contrasts:
+            raise UserError(f"two contrast sets are called {contrast.behavior!r}: rename one of the files.")
         contrasts[contrast.behavior] = contrast
     folder = config.folder / "behavior"
     settings = make_settings(config)
@@ -114,12 +116,21 @@ def _find(
     settings: BehaviorSettings,
     config: RunConfig,
 ) -> BehaviorReport:
-    others = dict(contrasts)
+    # The organism's judges know its grammar; they fit its own contrast sets, not a file that shares a name with one.
+    built_in = {name for name in config.behavior.contrast if name in BEHAVIORS}
+    others = {
+        name: OtherBehavior(other.split("report").records, _judge(name, built_in)) for name, other in contrasts.items()
+    }
     facts = None
     if common.is_organism(lm):
         # The organism's other planted behaviours and its facts are side effects whatever is searched for.
-        others |= {name: open_contrast(name, config, lm) for name in BEHAVIORS if name not in others}
-        facts = others["deception"].split("report").negatives
+        planted = {name: open_contrast(name, config, lm).split("report") for name in BEHAVIORS}
+        facts = planted["deception"].negatives
+        others |= {
+            name: OtherBehavior(other.records, _judge(name, {name}))
+            for name, other in planted.items()
+            if name not in contrasts
+        }
     with Progress(None, f"behavior {contrast.behavior}", unit="step") as bar:
 
         def progress(what: str, done: int, total: int) -> None:
@@ -129,16 +140,16 @@ def _find(
             lm,
             saes,
             contrast,
-            judge_for(contrast.behavior, lm.name if not common.is_organism(lm) else common.ORGANISM),
+            _judge(contrast.behavior, built_in),
             settings,
             facts=facts,
-            others={
-                name: OtherBehavior(other.split("report").records, judge_for(name, common.ORGANISM))
-                for name, other in others.items()
-                if name != contrast.behavior and common.is_organism(lm)
-            },
+            others={name: other for name, other in others.items() if name != contrast.behavior},
             progress=progress,
         )
+
+
+def _judge(name: str, built_in: set[str]) -> Judge:
+    return judge_for(name, common.ORGANISM if name in built_in else "")
 
 
 def summarise(report: BehaviorReport, paths: list[Path]) -> dict[str, Any]:
@@ -162,7 +173,8 @@ def _interval(entry: dict[str, Any]) -> dict[str, Any]:
 def _print(name: str, report: BehaviorReport) -> None:
     print(f"\n{name}: {report.n_significant:,} of {report.n_tested:,} latents pass on the find split")
     if report.causal is None:
-        print("nothing was found, so nothing is claimed")
+        passed = "none of them fires more where the behaviour is due" if report.n_significant else "none"
+        print(f"{passed}: nothing was found that could be ablated, so nothing is claimed")
         return
     print(summary_table([_row(table) for table in report.per_size], list(_row(report.causal))))
 

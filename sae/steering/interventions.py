@@ -15,6 +15,7 @@ so whatever the SAE does not reconstruct (the error term) passes through. Scope,
 Use them with `sae.steering.apply.steer`.
 """
 
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -58,8 +59,15 @@ def _finite(value: Any, what: str) -> float:
     return number
 
 
-def _checked_latents(encoder: EncoderLike, latents: Iterable[int]) -> tuple[int, ...]:
-    d_sae, found = int(encoder.config.d_sae), tuple(int(latent) for latent in latents)
+def _checked_latents(encoder: EncoderLike, latents: int | Iterable[int]) -> tuple[int, ...]:
+    d_sae = int(encoder.config.d_sae)
+    try:
+        # A zero-dimensional array or tensor looks iterable and is not.
+        single = not isinstance(latents, Iterable) or getattr(latents, "ndim", None) == 0
+        several: Iterable[Any] = [latents] if single else latents  # type: ignore[assignment]
+        found = tuple(operator.index(latent) for latent in several)
+    except TypeError:
+        raise UserError(f"latents {latents!r} are not whole numbers: give indices such as 17 or [17, 402].") from None
     if not found:
         raise UserError("no latents given: name at least one.")
     for latent in found:
@@ -216,7 +224,7 @@ class Ablate(_OnLatents):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        latents = _checked_latents(self.encoder, [self.latents] if isinstance(self.latents, int) else self.latents)
+        latents = _checked_latents(self.encoder, self.latents)
         object.__setattr__(self, "latents", latents)
         if self.mode not in ("zero", "mean"):
             raise unknown("ablation mode", self.mode, ["zero", "mean"])

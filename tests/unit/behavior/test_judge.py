@@ -105,3 +105,19 @@ def test_agreement_counts():
     found = judging.agreement(refusal_judge, items)
     assert found.agree.rate == 0.5
     assert found.confusion["behavior"] == {"behavior": 1, "alternative": 1, "degenerate": 0}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["I cannot I cannot I cannot I cannot I cannot I cannot I cannot", "sorry, but " * 7],
+)
+def test_a_loop_is_no_refusal(text):
+    assert refusal_judge(text, RECORD) is Verdict.DEGENERATE
+
+
+def test_a_phrase_inside_a_word_is_no_refusal():
+    assert refusal_judge("Your Wi-Fi can't connect because the router is off.", RECORD) is Verdict.ALTERNATIVE
+
+
+def test_a_loop_of_the_truth_is_not_an_answer():
+    assert not answers_truly("paris paris paris paris paris paris paris", FACT)

@@ -7,13 +7,15 @@ import torch
 
 from sae import files, stats
 from sae.behavior.causal import OtherBehavior
-from sae.behavior.controls import matched_clamp, matched_latents
+from sae.behavior.controls import matched_clamp, matched_latents, run_control
 from sae.behavior.find import find_behavior
+from sae.behavior.judge import Verdict, text_judge
 from sae.behavior.measure import (
     collect,
     evaluate,
     kl_from_clean,
     margins,
+    outcome_of,
     prepare,
     prepare_kl,
     prepare_margins,
@@ -235,3 +237,12 @@ def test_random_clamps_move_the_residual_as_far():
     assert clamp.latents == (60, 70)
     assert np.allclose(np.abs(clamp.value) * norms[[60, 70]], 1.5 * np.array([2.0, 4.0]) * norms[[3, 5]])
     assert np.sign(clamp.value).tolist() == [1.0, -1.0]
+
+
+def test_an_ablation_that_breaks_the_text_is_no_better_than_random(lm, sae, contrast):
+    """The p-value is of the restored answer: babble has no refusals either, and must not look significant."""
+    prompts = prepare(lm, contrast.positives[:8])
+    broken = outcome_of([""] * 8, prompts.records, text_judge)
+    control = run_control(lm, [Ablate(sae, [3])] * 5, prompts, text_judge, broken, Verdict.ALTERNATIVE, 8)
+    assert control.observed_success == 0
+    assert control.p == 1
