@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from sae import files
 from sae.autoencoder.sparsity import Sparsity, SparsityOptions, find_architecture
+from sae.device import pick_device
 from sae.errors import UserError, unknown
 
 CONFIG_FILE = "config.json"
@@ -128,7 +129,7 @@ class SAE(nn.Module):
     def pre_acts(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_sae"]:
         """(x - b_dec) @ W_enc + b_enc."""
         self.check_input(x.shape[-1])
-        return (x.to(self.dtype) - self.b_dec) @ self.W_enc + self.b_enc
+        return (x.to(device=self.device, dtype=self.dtype) - self.b_dec) @ self.W_enc + self.b_enc
 
     def encode(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_sae"]:
         """Latent activations as at inference: BatchTopK by its threshold, JumpReLU strictly above its thresholds."""
@@ -223,5 +224,5 @@ def _read_config(path: Path) -> SAEConfig:
 
 
 def load(path: Path | str, *, device: torch.device | str = "cpu") -> SAE:
-    """Open a trained SAE from its folder, ready for use; see `SAE.load`."""
-    return SAE.load(path, device=device).eval()
+    """Open a trained SAE from its folder, ready for use; see `SAE.load`. The device may be "auto"."""
+    return SAE.load(path, device=pick_device(str(device))).eval()

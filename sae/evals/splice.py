@@ -98,9 +98,12 @@ def splice_all(
 
         clean = logs({})
         targets = batch.tokens[:, 1:].to(clean.device)[counted.to(clean.device)]
-        zero = {hook: logs({hook: _replace(where, torch.zeros_like)}) for hook in dict.fromkeys(hooks)}
-        for sae, hook, total in zip(saes, hooks, totals, strict=True):
-            total.add(clean, logs({hook: _replace(where, _reconstruct(sae))}), zero[hook], targets)
+        for hook in dict.fromkeys(hooks):  # one at a time: log-probabilities over a large vocabulary are gigabytes
+            zero = logs({hook: _replace(where, torch.zeros_like)})
+            for sae, own, total in zip(saes, hooks, totals, strict=True):
+                if own == hook:
+                    total.add(clean, logs({hook: _replace(where, _reconstruct(sae))}), zero, targets)
+            del zero
         progress()
     return [total.result() for total in totals]
 

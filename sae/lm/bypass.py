@@ -21,14 +21,19 @@ class Section:
 
         members = list(wrapper.modules())
         self.points = [module for module in members if isinstance(module, HookPoint)]
-        # Someone may hook the wrappers themselves. Pre-hooks do not count: the bridge uses them itself.
+        # Someone may hook the wrappers themselves. Pre-hooks that are there already are the bridge's own.
         self.wrappers = [module for module in members if _is_wrapper(module)]
+        self.own = {id(module): set(module._forward_pre_hooks) for module in self.wrappers}
         self.swaps = _swaps(parent, name, wrapper)
 
     def idle(self) -> bool:
         """True when no hook of any kind is installed in this part."""
         return not any(point._forward_hooks or point._backward_hooks for point in self.points) and not any(
-            module._forward_hooks or module._backward_hooks or module._backward_pre_hooks for module in self.wrappers
+            module._forward_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            or set(module._forward_pre_hooks) - self.own[id(module)]
+            for module in self.wrappers
         )
 
 

@@ -138,17 +138,18 @@ def _roles(
     tokenizer: Any, messages: Sequence[Message], spans: list[Span], ids: list[int], offsets: list[tuple[int, int]]
 ) -> list[int]:
     """One role a token: that of the content it overlaps, else SPECIAL or TEMPLATE."""
-    # Inside a chat most special tokens are the template's; only those that begin or end a text are SPECIAL.
+    # Inside a chat special tokens are the template's (an end-of-turn token is where directions are read); only those
+    # that begin or end the whole text are SPECIAL, whichever of them a model also uses between turns.
     ends = special_ids(tokenizer) & {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
     roles: list[int] = []
     current, last_message = 0, -1
-    for token, (start, stop) in zip(ids, offsets, strict=True):
+    for index, (token, (start, stop)) in enumerate(zip(ids, offsets, strict=True)):
         while current < len(spans) and spans[current].stop <= start:
             current += 1
         inside = current < len(spans) and max(start, spans[current].start) < min(stop, spans[current].stop)
-        if token in ends:
+        if token in ends and (index in (0, len(ids) - 1) or token == tokenizer.pad_token_id):
             roles.append(int(Role.SPECIAL))
-        elif not inside:
+        elif not inside or token in ends:
             roles.append(int(Role.TEMPLATE))
         else:
             message = spans[current].message

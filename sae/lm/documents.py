@@ -104,7 +104,7 @@ def _read_file(path: Path, kind: str, text_field: str) -> Iterator[Document]:
 
 def _lines(path: Path) -> Iterator[str]:
     """Lines of a UTF-8 file."""
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         try:
             yield from file
         except UnicodeDecodeError as error:
@@ -184,7 +184,11 @@ def _records_to_documents(records: Iterable[Any], text_field: str, source: str) 
         if isinstance(value, str):
             yield Document(text=value)
             continue
-        chat = value if isinstance(value, list) else next((record[f] for f in _CHAT_FIELDS if record.get(f)), None)
+        chat = (
+            value
+            if isinstance(value, list)
+            else next((record[f] for f in _CHAT_FIELDS if record.get(f) and isinstance(record[f], list)), None)
+        )
         if chat is None:
             raise UserError(
                 f"{source!r}, record {number} has no text in field {text_field!r} but the fields "

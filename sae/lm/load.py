@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sae.device import pick_device
 from sae.errors import UserError, unknown
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def load_lm(
     Raises:
         UserError: unknown model, device or dtype; an incomplete, damaged or unsupported checkpoint.
     """
-    torch_device = _device(device)
+    torch_device = pick_device(device)
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
     source = resolve_model(name_or_path)
@@ -84,26 +85,6 @@ def load_lm(
     )
     lm.fast  # noqa: B018 - compares two tiny forwards, which must happen before anything is hooked
     return lm
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise unknown("device", name, ["auto", "cpu", "cuda", "cuda:0", "mps"]) from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"device {name!r} is not there ({torch.cuda.device_count()} CUDA devices found): use 'cpu' or 'auto'."
-        )
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError("device 'mps' is not there: use device='cpu' or 'auto'.")
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise unknown("device", name, ["auto", "cpu", "cuda", "mps"])
-    return name
 
 
 def _dtype(name: str, config: Any) -> "torch.dtype":

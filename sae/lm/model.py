@@ -95,7 +95,9 @@ class LanguageModel:
     def pad_id(self) -> int:
         """Token used at padding; which one does not matter, since padding is masked."""
         candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-        return next(int(token) for token in candidates if token is not None)
+        # A tokenizer may have tokens that the model's embedding has no row for (a padding token added later, say).
+        rows = self.bridge.original_model.get_input_embeddings().weight.shape[0]
+        return next(int(token) for token in candidates if token is not None and 0 <= int(token) < rows)
 
     @cached_property
     def eos_ids(self) -> set[int]:

@@ -19,6 +19,7 @@ from sae.stages.behavior import SUMMARY, ensure_behaviors
 from sae.stages.evaluate import ensure_evaluated
 
 SAE_FIELDS = ("hook_name", "d_sae", "architecture", "l0", "fvu", "ce_recovered", "dead_fraction", "path")
+BESIDE = ("d_sae", "path", "n_random", "n_records", "unfiltered_base_rate", "unfiltered_clamp_base_rate", "per_size")
 EXAMPLES_SHOWN = 2
 
 
@@ -34,8 +35,7 @@ def run(config: RunConfig) -> None:
         "lm": lm.name,
         "saes": [{name: sae[name] for name in SAE_FIELDS} for sae in saes],
         "behaviors": {
-            name: {key: record.get(key) for key in (*SUMMARY, "d_sae", "path", "n_random", "per_size")}
-            for name, record in behaviors.items()
+            name: {key: record.get(key) for key in (*SUMMARY, *BESIDE)} for name, record in behaviors.items()
         },
         "organism": table,
         "wall_s": clock.seconds(),

@@ -10,12 +10,10 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-
 from sae.activations.store import StoreReader
 from sae.activations.stream import ActivationStream, LiveStream, StoreStream
 from sae.config import RunConfig, Stream
-from sae.errors import UserError
+from sae.device import pick_device
 from sae.files import is_done, lock, sha256_json, write_json, write_manifest
 from sae.lm.model import LanguageModel
 from sae.report.log import Sink
@@ -98,22 +96,6 @@ def ensure_trained(config: RunConfig, lm: LanguageModel) -> list[Path]:
         _write_result(folder, result)
         write_manifest(folder, "train", depends, inputs)
     return paths
-
-
-def pick_device(name: str) -> str:
-    """Check a torch device; auto is CUDA if there is one, else the CPU.
-
-    Raises:
-        UserError: there is no such device on this machine.
-    """
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise UserError(f"train.device={name!r} is not to be had here ({reason}): use auto or cpu.") from None
-    return name
 
 
 class _LazySink:

@@ -8,9 +8,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae.autoencoder.sae import SAE
+from sae.autoencoder.sparsity import Sparsity
 from sae.errors import UserError
 
 SAMPLE_TOKENS = 8192
+
+INIT_PRE_ACTS = 2**27  # pre-activations looked at when thresholds are set
 
 
 class InputStats(NamedTuple):
@@ -57,4 +60,6 @@ def geometric_median(points: Float[Tensor, "n d"], n_iterations: int = 50) -> Fl
 def initialise(sae: SAE, stats: InputStats) -> None:
     """Centre a fresh SAE on the data and let its architecture set its thresholds."""
     sae.b_dec.copy_(stats.centre)
-    sae.sparsity.initialise(sae.pre_acts(stats.sample))
+    if type(sae.sparsity).initialise is not Sparsity.initialise:  # pre-activations of a wide SAE are gigabytes
+        n_rows = max(256, min(len(stats.sample), INIT_PRE_ACTS // sae.config.d_sae))
+        sae.sparsity.initialise(sae.pre_acts(stats.sample[:n_rows]))

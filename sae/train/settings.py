@@ -67,11 +67,13 @@ class TrainSettings:
                 f"total_tokens = {self.total_tokens} is less than one batch of {self.batch_tokens} tokens: raise it."
             )
         for name in ("clip", "auxk_alpha", "checkpoint_every", "checkpoint_seconds", "l0_coefficient"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"{name} = {getattr(self, name)} is negative: use 0 or more.")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"{name} = {getattr(self, name)} is negative or not finite: use 0 or more.")
         for name in ("lr", "lr_warmup_steps", "sparsity_warmup_steps", "k_aux"):
-            if getattr(self, name) is not None and not getattr(self, name) >= 0:
-                raise UserError(f"{name} = {getattr(self, name)} is negative: use 0 or more, or leave it out.")
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) < math.inf:
+                raise UserError(
+                    f"{name} = {getattr(self, name)} is negative or not finite: use 0 or more, or leave it out."
+                )
         for name in ("bandwidth", "l1_init"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"{name} = {getattr(self, name)} is not above 0: raise it.")

@@ -7,7 +7,10 @@ from typing import Any
 
 
 class StopSignals:
-    """While active, the first signal sets `requested`; a second one acts as it would have without this.
+    """While active, a signal sets `requested`. A second SIGINT is a person insisting, and acts as without this.
+
+    SIGTERM often comes twice (schedulers and shells pass it on), so it stays caught while the state is being saved. A
+    signal that came too late to be acted on is delivered when the block ends.
 
     Signals can only be caught in the main thread; elsewhere this does nothing.
     """
@@ -16,6 +19,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.requested = False
+        self.number: int | None = None
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
@@ -26,13 +30,13 @@ class StopSignals:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._restore()
-
-    def _stop(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        self._restore()
-
-    def _restore(self) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
+        if self.number is not None and kind is None:
+            signal.raise_signal(self.number)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self.requested, self.number = True, number
+        if number == signal.SIGINT and number in self._previous:
+            signal.signal(number, self._previous.pop(number))

@@ -158,7 +158,7 @@ def train(
             if step % settings.log_every == 0 or step == settings.n_steps:
                 problems.check()
                 if sink is not None:
-                    sink.log(_metrics(runs, losses, step, settings, time.monotonic() - start), step)
+                    sink.log(_metrics(runs, losses, step, settings, seconds_before + time.monotonic() - start), step)
             due_by_step = settings.checkpoint_every and step % settings.checkpoint_every == 0
             due_by_time = settings.checkpoint_seconds and time.monotonic() - saved_at >= settings.checkpoint_seconds
             if stop.requested and step < settings.n_steps:

@@ -19,9 +19,9 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     main(
         [
-            "demo", f"runs={folder}", "harvest.hook_names=[blocks.1.hook_resid_post]", "data.n_tokens=60000",
-            "data.n_eval_tokens=4000", "train.total_tokens=300000", "sae.d_sae=[256]", "behavior.n_random=2",
-            "behavior.n_prompts=32", "behavior.n_prompts_random=8", "organism.n_per_cell=8", "log.wandb=offline",
+            "demo", f"runs={folder}", "harvest.hook_names=[blocks.1.hook_resid_post]", "data.n_tokens=80000",
+            "data.n_eval_tokens=4000", "train.total_tokens=600000", "sae.d_sae=[256]", "behavior.n_random=2",
+            "behavior.n_prompts=128", "behavior.n_prompts_random=8", "organism.n_per_cell=8", "log.wandb=offline",
         ]
     )  # fmt: skip
     return folder / "demo"

@@ -84,9 +84,14 @@ def test_dead_latents_alone_get_the_auxiliary_gradient():
     found.total.backward()
     assert not found.fired[dead].any()
     assert (sae.W_enc.grad[:, dead] != 0).any()
+    with_aux = {name: parameter.grad.clone() for name, parameter in sae.named_parameters()}
     sae.zero_grad()
     training_loss(sae, x, 0, dead, auxk_alpha=0.0).total.backward()
     assert (sae.W_enc.grad[:, dead] == 0).all()
+    # The residual is a target, not a path: living latents and b_dec do not feel the auxiliary loss.
+    torch.testing.assert_close(with_aux["W_enc"][:, ~dead], sae.W_enc.grad[:, ~dead], atol=1e-7, rtol=1e-5)
+    torch.testing.assert_close(with_aux["W_dec"][~dead], sae.W_dec.grad[~dead], atol=1e-7, rtol=1e-5)
+    torch.testing.assert_close(with_aux["b_dec"], sae.b_dec.grad, atol=1e-7, rtol=1e-5)
 
 
 def test_auxk_known_values():

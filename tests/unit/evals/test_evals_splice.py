@@ -120,3 +120,12 @@ def test_real_model(real_lm):
     assert silent.ce_recovered == pytest.approx(0, abs=1e-6)
     with pytest.raises(UserError, match="wide"):
         splice(real_lm, sae(31, hook_name=hook_name), [rows])
+
+
+def test_real_left_padding_counts_the_same_predictions(real_lm):
+    texts = ["hello there", "a much longer text than that", "mid size"]
+    encoder = sae(32, "zero", "blocks.1.hook_resid_post")
+    right, left = (splice(real_lm, encoder, [real_lm.tokenize(texts, padding_side=side)]) for side in ("right", "left"))
+    assert right.n_tokens == left.n_tokens
+    for one, two in zip(right, left, strict=True):
+        assert one == pytest.approx(two, rel=1e-3, abs=1e-5)

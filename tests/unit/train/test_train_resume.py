@@ -14,7 +14,7 @@ import torch
 from train_toys import HOOK, ToyStream, unit_rows
 
 from sae import files
-from sae.autoencoder.sparsity import ARCHITECTURES
+from sae.autoencoder.sparsity import ARCHITECTURES, TopK
 from sae.errors import UserError
 from sae.train import checkpoint
 from sae.train.grid import SAESpec, grid
@@ -83,6 +83,91 @@ def test_resume_equals_uninterrupted(at, tmp_path, uninterrupted):
     assert not (tmp_path / "checkpoints").exists()
     assert result.n_steps == N_STEPS
     assert run(tmp_path).saes == result.saes  # finished work is not done again
+
+
+class Keep:
+    """A sink that remembers."""
+
+    def __init__(self):
+        self.found = []
+
+    def log(self, metrics, step):
+        self.found.append((step, dict(metrics)))
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batch_topk", "jumprelu"])
+def test_resume_carries_dead_latents(architecture, tmp_path):
+    """With many latents and few active ones AuxK is at work, so losing what is dead would show."""
+    specs = grid([HOOK], [96], [architecture], [1], [0])
+    settings = replace(SETTINGS, dead_after_tokens=128, log_every=1)
+    sink = Keep()
+    whole = run(tmp_path / "whole", specs=specs, settings=settings, sink=sink)
+    assert max(metrics[f"{specs[0].folder}/auxk"] for _, metrics in sink.found) > 0
+    with pytest.raises(Stop):
+        run(tmp_path / "broken", specs=specs, settings=settings, progress=stop_after(14))
+    resumed = run(tmp_path / "broken", specs=specs, settings=settings)
+    assert_same(weights(tmp_path / "broken", specs), weights(tmp_path / "whole", specs))
+    for one, two in zip(whole.saes, resumed.saes, strict=True):
+        assert (one.l0, one.fvu, one.n_dead) == (two.l0, two.fvu, two.n_dead)
+
+
+def test_resume_carries_the_random_state(tmp_path, monkeypatch):
+    """An architecture that draws noise goes on drawing where it was."""
+
+    class Noisy(TopK):
+        name = "noisy"
+
+        def activate(self, pre_acts, cols):
+            return super().activate(pre_acts + 0.01 * torch.randn_like(pre_acts), cols)
+
+        def support(self, pre_acts):
+            return None
+
+    monkeypatch.setitem(ARCHITECTURES, "noisy", Noisy)
+    specs = grid([HOOK], [24], ["noisy"], [4], [0])
+    torch.manual_seed(1)
+    run(tmp_path / "whole", specs=specs)
+    torch.manual_seed(1)
+    with pytest.raises(Stop):
+        run(tmp_path / "broken", specs=specs, progress=stop_after(11))
+    torch.manual_seed(99)
+    run(tmp_path / "broken", specs=specs)
+    assert_same(weights(tmp_path / "broken", specs), weights(tmp_path / "whole", specs))
+
+
+def test_checkpoints_by_time(tmp_path):
+    settings = replace(SETTINGS, checkpoint_every=0, checkpoint_seconds=1e-9)
+    with pytest.raises(Stop):
+        run(tmp_path, settings=settings, progress=stop_after(5))
+    assert checkpoint.latest(tmp_path / "checkpoints").name.endswith("5")
+
+
+def test_a_late_signal_is_not_swallowed(tmp_path):
+    def late(step, n_steps):
+        if step == n_steps:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, progress=late)
+    assert len(weights(tmp_path)) == len(SPECS), "the run was complete and is kept"
+
+
+def test_a_second_sigterm_does_not_spoil_the_checkpoint(tmp_path, monkeypatch):
+    save = checkpoint.save
+
+    def twice(*args, **kwargs):
+        signal.raise_signal(signal.SIGTERM)
+        return save(*args, **kwargs)
+
+    def first(step, n_steps):
+        if step == 7:
+            signal.raise_signal(signal.SIGTERM)
+
+    settings = replace(SETTINGS, checkpoint_every=0)
+    monkeypatch.setattr(checkpoint, "save", twice)
+    with pytest.raises(Interrupted):
+        run(tmp_path, settings=settings, progress=first)
+    assert checkpoint.latest(tmp_path / "checkpoints") is not None
 
 
 def test_logging_and_checkpointing_change_nothing(tmp_path, uninterrupted):
