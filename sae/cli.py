@@ -131,6 +131,8 @@ def _recipe(stage: str, overrides: list[str]) -> Recipe:
 
     values = dict(item.split("=", 1) for item in overrides if item.startswith(("name=", "runs=")))
     default = "demo" if stage == "demo" else "run"
+    if stage == "demo" and "name" not in values:
+        return Recipe(stage, overrides)  # its own folder is scratch space: it begins anew with other settings
     path = Path(values.get("runs", "runs")) / values.get("name", default) / RECIPE
     if not path.is_file():
         return Recipe(stage, overrides)

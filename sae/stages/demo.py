@@ -3,14 +3,16 @@
 On the model organism (the default) everything runs. On a real model (`lm.name=... data.path=...`) the behaviour stage
 is left out unless `behavior.contrast` names a contrast set for it.
 
+`runs/demo` is scratch space: a demo of other settings replaces it, unless it is given a `name=` of its own.
 Writes `<run>/result.json`, whose fields are described in docs/results.md, and `<run>/report.html`.
 """
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 from sae.config import RunConfig
-from sae.files import write_json
+from sae.files import read_json, sha256_json, write_json
 from sae.lm.load import resolve_model
 from sae.lm.model import LanguageModel
 from sae.report.terminal import clean, summary_table
@@ -21,12 +23,15 @@ from sae.stages.evaluate import ensure_evaluated
 SAE_FIELDS = ("hook_name", "d_sae", "architecture", "l0", "fvu", "ce_recovered", "dead_fraction", "path")
 BESIDE = ("d_sae", "path", "n_random", "n_records", "unfiltered_base_rate", "unfiltered_clamp_base_rate", "per_size")
 EXAMPLES_SHOWN = 2
+SCRATCH = "demo"  # the run that `sae demo` uses unless it is given a name
+MARKER = "demo.json"
 
 
 def run(config: RunConfig) -> None:
     """Run the stage."""
     clock = common.Clock()
     lm = common.open_lm(config.lm)
+    _make_room(config)
     table = _gate_table(config, lm)
     saes = ensure_evaluated(config, lm)
     behaviors = _behaviors(config, lm)
@@ -45,6 +50,15 @@ def run(config: RunConfig) -> None:
     page = report.write(config)
     _print(behaviors, config)
     print(f"\n{path}\n{page}\ndone in {clock.seconds():.0f} s")
+
+
+def _make_room(config: RunConfig) -> None:
+    """Clear away what a demo of other settings left in `runs/demo`, which is scratch space; named runs are kept."""
+    marker, identity = config.folder / MARKER, sha256_json(config)
+    if config.name == SCRATCH and marker.is_file() and read_json(marker) != identity:
+        shutil.rmtree(config.folder)
+    if not marker.is_file():
+        write_json(marker, identity)
 
 
 def _gate_table(config: RunConfig, lm: LanguageModel) -> list[dict[str, Any]] | None:

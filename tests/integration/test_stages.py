@@ -259,3 +259,20 @@ def test_a_report_needs_a_run(sae):
     assert status == 2
     assert "nosuch" in err
     assert not (sae.folder / "nosuch").exists()
+
+
+def test_a_real_model_takes_the_demo_without_behaviours_and_the_scratch_run_begins_anew(sae):
+    status, out, err = sae("demo")
+    assert status == 0, err
+    assert "the behaviour stage is left out" in out
+    run = sae.folder / "demo"
+    result = read(run / "result.json")
+    assert result["behaviors"] == {}
+    assert result["organism"] is None
+    assert len(result["saes"]) == 4
+    assert (run / "report.html").is_file()
+    status, _, err = sae("demo", "sae.d_sae=[48]")
+    assert status == 0, err
+    assert {entry["d_sae"] for entry in read(run / "result.json")["saes"]} == {48}
+    assert sae("demo", "name=mine")[0] == 0
+    assert sae("demo", "name=mine", "sae.d_sae=[48]")[0] == 2
