@@ -37,7 +37,9 @@ def resolve_model(name_or_path: str) -> str:
     for folder in (package.parent / "checkpoints" / "organism", package / "_data" / "checkpoints" / "organism"):
         if (folder / "config.json").is_file():
             return str(folder)
-    raise UserError("the shipped model 'organism' is not in this installation: run `sae organism`, or reinstall.")
+    raise UserError(
+        "the shipped model 'organism' is not in this installation: reinstall, or train one with `sae organism train`."
+    )
 
 
 def load_lm(

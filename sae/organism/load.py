@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sae.errors import UserError
+from sae.lm.load import resolve_model
 
 
 def organism_folder() -> Path:
@@ -14,13 +15,7 @@ def organism_folder() -> Path:
     Raises:
         UserError: neither is there.
     """
-    import sae
-
-    package = Path(str(sae.__file__)).parent if sae.__file__ else Path(__file__).resolve().parent.parent
-    for folder in (package.parent / "checkpoints" / "organism", package / "_data" / "checkpoints" / "organism"):
-        if (folder / "config.json").is_file():
-            return folder
-    raise UserError(f"no organism in {str(package.parent / 'checkpoints')!r}: train one with `sae organism train`.")
+    return Path(resolve_model("organism"))
 
 
 def load_model(folder: Path | str | None = None) -> Any:

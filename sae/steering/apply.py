@@ -42,8 +42,8 @@ def check(lm: Any, interventions: Sequence[Intervention], force: bool = False) -
         if trained_on and trained_on != lm.fingerprint:
             name = getattr(item.encoder_used.config, "lm_name", "") or "another model"
             raise UserError(
-                f"this SAE was trained on {name!r} (fingerprint {trained_on}), not on {lm.name!r} "
-                f"({lm.fingerprint}): its latents mean nothing there; force=True overrides."
+                f"this SAE was trained on {name!r} (fingerprint {trained_on[:12]}), not on {lm.name!r} "
+                f"({lm.fingerprint[:12]}): its latents mean nothing there; force=True overrides."
             )
 
 
