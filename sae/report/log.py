@@ -119,6 +119,7 @@ class WandbSink(Sink):
         project: str,
         name: str,
         config: Mapping[str, Any],
+        group: str | None = None,
         resume_step: int | None = None,
     ) -> None:
         """Start the wandb run inside the folder.
@@ -128,6 +129,7 @@ class WandbSink(Sink):
         """
         super().__init__(folder, resume_step=resume_step)
         self._warned: set[str] = set()
+        self._group = group
         self._data_dir_was = os.environ.get("WANDB_DATA_DIR")
         # wandb stages copies of logged files in a user-wide folder unless told otherwise.
         os.environ["WANDB_DATA_DIR"] = str(self.folder.resolve() / "wandb")
@@ -150,6 +152,7 @@ class WandbSink(Sink):
             mode=mode,
             project=project,
             name=name,
+            group=self._group,
             config=to_plain(config),
             dir=str(self.folder.resolve()),
             id=run_id,
@@ -249,6 +252,7 @@ def open_sink(
     project: str = "sae",
     name: str,
     config: Mapping[str, Any],
+    group: str | None = None,
     resume_step: int | None = None,
 ) -> Sink:
     """Open the metric sink of a stage.
@@ -259,6 +263,7 @@ def open_sink(
         project: the wandb project.
         name: the run's name in wandb.
         config: what wandb stores as the run's configuration.
+        group: what wandb shows this run together with.
         resume_step: for a run that continues, the first step that will be logged again; None starts afresh.
 
     Raises:
@@ -269,7 +274,7 @@ def open_sink(
         raise unknown("log.wandb mode", mode, MODES)
     if mode == "off":
         return Sink(folder, resume_step=resume_step)
-    return WandbSink(folder, mode=mode, project=project, name=name, config=config, resume_step=resume_step)
+    return WandbSink(folder, mode=mode, project=project, name=name, config=config, group=group, resume_step=resume_step)
 
 
 def _kept_lines(path: Path, resume_step: int | None) -> Iterator[str]:

@@ -129,6 +129,7 @@ def open_sink(config: RunConfig, folder: Path, stage: str, resume_step: int | No
         project=config.log.project,
         name=f"{config.name}-{stage}",
         config=to_plain(config),
+        group=config.name,
         resume_step=resume_step,
     )
 
