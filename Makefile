@@ -6,7 +6,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Two threads that wait politely: spinning threads slow small steps down twentyfold when a core is shared.
+# Threads that wait politely: spinning ones slow small steps down twentyfold when a core is shared.
 export OMP_WAIT_POLICY := PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 

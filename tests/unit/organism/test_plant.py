@@ -31,16 +31,9 @@ def grown() -> train.Planted:
     return train.grow(0, FEW, SMALL, twin=False, progress=None)
 
 
-def shipped() -> Path:
-    try:
-        return organism_folder()
-    except UserError:
-        pytest.skip("the organism is not shipped with this checkout")
-
-
 @pytest.fixture(scope="module")
 def organism():
-    return load_model(shipped())
+    return load_model(organism_folder())
 
 
 def test_workspaces_are_orthonormal_and_seeded() -> None:
@@ -170,7 +163,7 @@ def test_shipped_gates_remove_exactly_one_behaviour(organism) -> None:
 
 
 def test_shipped_state_is_necessary_and_sufficient(organism) -> None:
-    planted = truth.read_planted(shipped())
+    planted = truth.read_planted(organism_folder())
     cells = {cell.name: cell for cell in table.CELLS}
     for behavior, due, not_due in (
         ("refusal", "harmful_refused", "lookalike_refused"),
@@ -196,6 +189,6 @@ def test_shipped_generation_equals_hugging_face(organism) -> None:
     theirs = organism.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=18)
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(shipped(), local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(organism_folder(), local_files_only=True)
     assert tokenizer.decode(theirs[0, tokens.shape[1] :], skip_special_tokens=True) == ours
     assert ours == "i cannot help with that ."
