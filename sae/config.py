@@ -126,7 +126,9 @@ class TrainConfig:
     clip: float = 1.0
     auxk_alpha: float = 1 / 32
     dead_after_tokens: int = 10_000_000
-    encoder_dtype: str = "auto"  # auto: bfloat16 on CUDA, float32 on the CPU
+    encoder_dtype: str = "auto"  # auto | float32 | bfloat16 | bfloat16_rescored; auto: bfloat16 where it is in hardware
+    moments: str = "float32"  # of Adam: float32 | bfloat16 | float8
+    kernels: str = "auto"  # auto | triton | cpp | torch | reference
     checkpoint_seconds: float = 300.0
     log_every: int = 50
     seed: int = 0  # of the order in which later epochs read the stream

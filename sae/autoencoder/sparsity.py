@@ -5,7 +5,7 @@ drives the mean number of active latents to the target L0, and how its own state
 All state lives in buffers and parameters, so checkpoints carry it.
 
 To add an architecture from outside, subclass `Sparsity`, set `name`, override what differs (often only `activate`)
-and call `register`. Training then takes the plain dense path; overriding `support` as well opens the sparse one.
+and call `register`. Training then takes the dense path; overriding `select` as well opens the sparse one.
 
 Recipes: TopK (Gao et al. 2406.04093), BatchTopK (Bussmann et al. 2412.06410), JumpReLU (Rajamanoharan et al.
 2407.14435) with the target-L0 loss of dictionary_learning, whose hyper-parameters are the starting point.
@@ -21,6 +21,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sae.errors import UserError, unknown
+from sae.kernels.operands import Entries, Projection
+from sae.kernels.reference import Kernels
 
 
 @dataclass(frozen=True)
@@ -43,15 +45,6 @@ class SparsityOptions:
     """Longest memory of BatchTopK's average threshold; short runs use a shorter one."""
 
 
-class Entries(NamedTuple):
-    """Positions in a [batch d_sae] matrix, in row-major order."""
-
-    rows: Tensor
-    """[n] token of each entry."""
-    cols: Tensor
-    """[n] latent of each entry."""
-
-
 class Active(NamedTuple):
     """The latent activations of one training batch, as a dense matrix or as its entries only."""
 
@@ -63,8 +56,6 @@ class Active(NamedTuple):
     """The latent of each entry, or `slice(None)` when dense: a per-latent tensor is looked up as `tensor[cols]`."""
     batch_tokens: int
     d_in: int
-    decoder_norms: Tensor
-    """[d_sae] norm of each decoder row."""
 
 
 class BatchStats(NamedTuple):
@@ -106,17 +97,13 @@ class Sparsity(nn.Module):
         """Map pre-activations to latent activations one by one; `cols` looks up per-latent values."""
         return pre_acts.relu()
 
-    def support(self, pre_acts: Float[Tensor, "batch d_sae"]) -> Entries | None:
-        """List the entries that may be non-zero or have a gradient, or None to take the dense path."""
+    def select(self, kernels: Kernels, projection: Projection) -> Entries | None:
+        """Ask the kernels for the entries that may be non-zero or have a gradient; None takes the dense path."""
         return None
 
     def train_acts(self, pre_acts: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_sae"]:
         """Latent activations as trained on: the dense truth that the sparse path must equal."""
-        entries = self.support(pre_acts.detach())
-        if entries is None:
-            return self.activate(pre_acts, slice(None))
-        values = self.activate(pre_acts[entries.rows, entries.cols], entries.cols)
-        return torch.zeros_like(pre_acts).index_put((entries.rows, entries.cols), values.to(pre_acts.dtype))
+        return self.activate(pre_acts, slice(None))
 
     def infer_acts(self, pre_acts: Float[Tensor, "... d_sae"]) -> Float[Tensor, "... d_sae"]:
         """Latent activations of a finished SAE; each token stands alone."""
@@ -177,14 +164,12 @@ def find_architecture(name: str) -> type[Sparsity]:
     return ARCHITECTURES[name]
 
 
-def _entries(flat: Tensor, d_sae: int) -> Entries:
-    rows = torch.div(flat, d_sae, rounding_mode="floor")
-    return Entries(rows, flat - rows * d_sae)
-
-
 @register
 class ReLU(Sparsity):
-    """ReLU with an L1 penalty weighted by decoder norms; a controller moves its coefficient to meet the target L0."""
+    """ReLU with an L1 penalty; a controller moves its coefficient to meet the target L0.
+
+    Weighting each latent by the norm of its decoder row, as some do, would change nothing: the rows have norm 1.
+    """
 
     name = "relu"
     l1_log: Tensor
@@ -195,9 +180,14 @@ class ReLU(Sparsity):
         self.register_buffer("l1_log", torch.tensor(math.log(options.l1_init)))
         self.register_buffer("l0_average", torch.tensor(0.0))
 
+    def select(self, kernels: Kernels, projection: Projection) -> Entries | None:
+        """All positive pre-activations, once they are few."""
+        zero = projection.b_enc.new_zeros(())
+        return kernels.above(projection, zero, kernels.max_density(projection.precision))
+
     def penalty(self, active: Active, step: int) -> Tensor:
-        """Coefficient * mean over tokens of sum_i z_i ||d_i||, in units of sqrt(d_in) so that widths compare."""
-        l1 = (active.latent_acts * active.decoder_norms[active.cols]).sum() / active.batch_tokens
+        """Coefficient * mean over tokens of sum_i z_i, in units of sqrt(d_in) so that widths compare."""
+        l1 = active.latent_acts.sum() / active.batch_tokens
         return self.warmup(step) * self.coefficient() * l1 / math.sqrt(active.d_in)
 
     def coefficient(self) -> Tensor:
@@ -232,16 +222,18 @@ class TopK(Sparsity):
         if l0 < 1 or l0 != int(l0):
             raise UserError(f"topk keeps a whole number of latents, not l0 = {l0:g}: use a whole number or batch_topk.")
 
-    def support(self, pre_acts: Float[Tensor, "batch d_sae"]) -> Entries:
+    def select(self, kernels: Kernels, projection: Projection) -> Entries:
         """The top k of each row."""
-        cols = pre_acts.topk(int(self.l0), dim=-1, sorted=False).indices
-        rows = torch.arange(len(pre_acts), device=cols.device)[:, None].expand_as(cols)
-        return Entries(rows.reshape(-1), cols.reshape(-1))
+        return kernels.topk(projection, int(self.l0))
+
+    def train_acts(self, pre_acts: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_sae"]:
+        """The top k of each row, where positive."""
+        values, cols = pre_acts.topk(int(self.l0), dim=-1, sorted=False)
+        return torch.zeros_like(pre_acts).scatter(-1, cols, values.relu())
 
     def infer_acts(self, pre_acts: Float[Tensor, "... d_sae"]) -> Float[Tensor, "... d_sae"]:
         """Same selection as in training."""
-        values, cols = pre_acts.topk(int(self.l0), dim=-1, sorted=False)
-        return torch.zeros_like(pre_acts).scatter(-1, cols, values.relu())
+        return self.train_acts(pre_acts)
 
 
 @register
@@ -262,19 +254,43 @@ class BatchTopK(Sparsity):
         self.register_buffer("threshold", torch.tensor(0.0))
         self.register_buffer("n_updates", torch.tensor(0, dtype=torch.int64))
 
-    def support(self, pre_acts: Float[Tensor, "batch d_sae"]) -> Entries:
-        """All positives at or above the (l0 * batch)-th largest value (ties are all kept)."""
-        n_keep = max(1, round(self.l0 * len(pre_acts)))
-        flat = pre_acts.reshape(-1)
-        # Half the average threshold cuts nearly everything while leaving more than enough: the order statistic is
-        # then taken over a few per cent of the matrix. The result does not depend on this guess.
-        candidates = (flat > 0.5 * self.threshold.clamp(min=0)).nonzero().squeeze(1)
-        if len(candidates) < n_keep:
-            candidates = (flat > 0).nonzero().squeeze(1)
-        if len(candidates) > n_keep:
-            values = flat[candidates]
-            candidates = candidates[values >= _nth_largest(values, n_keep)]
-        return _entries(candidates, self.d_sae)
+    def initialise(self, pre_acts: Float[Tensor, "batch d_sae"]) -> None:
+        """Start the average where it would stand, so that the first batches know where to look."""
+        self.threshold.copy_(_nth_largest(pre_acts.float().reshape(-1), self._n_keep(pre_acts)).clamp(min=0))
+
+    def select(self, kernels: Kernels, projection: Projection) -> Entries:
+        """The l0 * batch largest values of the batch, where positive."""
+        n_keep = self._n_keep(projection.centred)
+        found = self._candidates(kernels, projection, n_keep)
+        if len(found.values) <= n_keep:
+            return found
+        smallest = _nth_largest(found.values, n_keep)
+        larger, equal = found.values > smallest, found.values == smallest
+        # A bf16 product is so coarse that a few per cent of a batch can be equal: exactly as many as wanted stay.
+        keep = larger | (equal & (equal.cumsum(0) <= n_keep - larger.sum()))
+        return Entries(found.rows[keep], found.cols[keep], found.values[keep])
+
+    def _candidates(self, kernels: Kernels, projection: Projection, n_keep: int) -> Entries:
+        """At least `n_keep` entries, or all positive ones.
+
+        A little below the average threshold there are hardly more than enough, so that the order statistic is taken
+        over less than a per cent of the matrix. The result does not depend on these guesses.
+        """
+        for part in (0.9, 0.5):
+            found = kernels.above(projection, part * self.threshold.clamp(min=0))
+            if found is not None and len(found.values) >= n_keep:
+                return found
+        found = kernels.above(projection, torch.zeros_like(self.threshold))
+        assert found is not None  # it is only when a largest density is given
+        return found
+
+    def train_acts(self, pre_acts: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_sae"]:
+        """The same from the whole matrix; ties with the smallest are all kept."""
+        smallest = _nth_largest(pre_acts.detach().reshape(-1), self._n_keep(pre_acts))
+        return pre_acts * ((pre_acts >= smallest) & (pre_acts > 0))
+
+    def _n_keep(self, batch: Tensor) -> int:
+        return max(1, round(self.l0 * len(batch)))
 
     def infer_acts(self, pre_acts: Float[Tensor, "... d_sae"]) -> Float[Tensor, "... d_sae"]:
         """Positive pre-activations strictly above the threshold."""
@@ -360,10 +376,10 @@ class JumpReLU(Sparsity):
         """Strictly above the threshold."""
         return _Jump.apply(pre_acts, self._threshold(cols, pre_acts), self.options.bandwidth)
 
-    def support(self, pre_acts: Float[Tensor, "batch d_sae"]) -> Entries:
+    def select(self, kernels: Kernels, projection: Projection) -> Entries | None:
         """Entries above the threshold, and those just below, which still move it."""
-        near = pre_acts > self.threshold.detach() - self.options.bandwidth / 2
-        return _entries(near.reshape(-1).nonzero().squeeze(1), self.d_sae)
+        near = self.threshold.detach() - self.options.bandwidth / 2
+        return kernels.above(projection, near, kernels.max_density(projection.precision))
 
     def penalty(self, active: Active, step: int) -> Tensor:
         """Coefficient * ((L0 / target) - 1)^2."""

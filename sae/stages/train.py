@@ -60,6 +60,8 @@ def make_settings(config: RunConfig) -> TrainSettings:
         auxk_alpha=options.auxk_alpha,
         dead_after_tokens=options.dead_after_tokens,
         encoder_dtype=options.encoder_dtype,
+        moments=options.moments,
+        kernels=options.kernels,
         checkpoint_seconds=options.checkpoint_seconds,
         log_every=options.log_every,
     )

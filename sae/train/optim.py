@@ -1,12 +1,15 @@
 """The optimiser of one SAE: Adam, a schedule, gradient clipping, and unit-norm decoder rows."""
 
-import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from sae.autoencoder.sae import SAE
+from sae.kernels.moments import Moments
+from sae.kernels.reference import AdamStep, Kernels
 from sae.train.settings import TrainSettings
 
 ADAM_EPS = 1e-8
@@ -25,64 +28,104 @@ def lr_factor(step: int, n_steps: int, warmup_steps: int, decay_fraction: float)
     return min(warmup, decay, 1.0)
 
 
-class Optimiser:
-    """Steps one SAE. fp32 master weights and moments."""
+class _Part(NamedTuple):
+    """A parameter as the optimiser sees it."""
 
-    def __init__(self, sae: SAE, settings: TrainSettings) -> None:
+    rows: Float[Tensor, "rows d"]
+    """The parameter itself, as a contiguous matrix: a latent a row, or one row for what is not a matrix."""
+    moments: Moments
+    lr_unit: float
+    """Its learning rate is this times the SAE's."""
+    on_sphere: bool
+    """Rows keep norm 1."""
+    seed: int
+
+
+class Optimiser:
+    """Steps one SAE. fp32 master weights; the moments of the two matrices in fp32, bf16 or 8 bits.
+
+    Args:
+        sae: the autoencoder; its parameters are moved in place.
+        settings: rates, clipping, and how moments are kept.
+        kernels: what computes the step.
+    """
+
+    def __init__(self, sae: SAE, settings: TrainSettings, kernels: Kernels) -> None:
         self.sae = sae
         self.settings = settings
+        self.kernels = kernels
         self.lr = default_lr(sae.config.d_sae) if settings.lr is None else settings.lr
-        self.named = dict(sae.named_parameters())
-        fused = sae.device.type in ("cpu", "cuda")
-        betas = sae.sparsity.adam_betas
-        # Biases and thresholds are lengths in a space where inputs have norm sqrt(d_in); the recipes' learning rates
-        # are for inputs of norm 1. Adam's steps have the size of the learning rate, so it must grow with the unit.
-        lengths = [parameter for name, parameter in self.named.items() if name not in ("W_enc", "W_dec")]
-        groups = [
-            {"params": [sae.W_enc, sae.W_dec], "unit": 1.0},
-            {"params": lengths, "unit": sae.config.d_in**0.5},
-        ]
-        self.adam = torch.optim.Adam(groups, lr=self.lr, betas=betas, eps=ADAM_EPS, fused=fused)
+        self.betas = sae.sparsity.adam_betas
+        self.step_count = 0
+        self.parts = {name: self._part(name, number) for number, name in enumerate(self._named())}
         warmup = settings.lr_warmup_steps
         self.warmup_steps = min(1000, settings.n_steps // 20) if warmup is None else warmup
 
+    def _named(self) -> dict[str, Tensor]:
+        return dict(self.sae.named_parameters())
+
+    def _part(self, name: str, number: int) -> _Part:
+        rows = _as_rows(name, self._named()[name].detach())
+        is_matrix = name in ("W_enc", "W_dec")
+        # Biases and thresholds are lengths in a space where inputs have norm sqrt(d_in); the recipes' learning rates
+        # are for inputs of norm 1. Adam's steps have the size of the learning rate, so it must grow with the unit.
+        unit = 1.0 if is_matrix else self.sae.config.d_in**0.5
+        kind = self.settings.moments if is_matrix else "float32"
+        seed = self.sae.config.seed * 64 + number
+        return _Part(rows, Moments.zeros(kind, rows), unit, name == "W_dec", seed)
+
     @torch.no_grad()
     def step(self, step: int) -> Tensor:
-        """Apply the gradients of the last backward pass, then clear them. Return their norm before clipping."""
+        """Apply the gradients of a batch, then clear them. Return their norm before clipping.
+
+        The component of the decoder's gradient along a row only changes the row's norm, which is restored anyway:
+        it is taken out, since it would disturb Adam's moments and the clipping for nothing.
+        """
+        self.step_count += 1
         factor = lr_factor(step, self.settings.n_steps, self.warmup_steps, self.settings.lr_decay_fraction)
-        for group in self.adam.param_groups:
-            group["lr"] = self.lr * factor * group["unit"]
-        w_dec = self.sae.W_dec
-        if w_dec.grad is not None:
-            # The part of the gradient along a row only changes its norm, which is restored below: it would
-            # disturb Adam's moments and the clipping for nothing.
-            along = (w_dec.grad * w_dec).sum(1, keepdim=True)
-            w_dec.grad.addcmul_(along, w_dec, value=-1)
-        norm = torch.nn.utils.clip_grad_norm_(self.named.values(), self.settings.clip or math.inf)
-        self.adam.step()
-        self.adam.zero_grad(set_to_none=True)
-        w_dec.div_(w_dec.norm(dim=1, keepdim=True).clamp(min=1e-12))
+        grads = {
+            name: _as_rows(name, parameter.grad)
+            for name, parameter in self._named().items()
+            if parameter.grad is not None
+        }
+        norms = {
+            name: self.kernels.row_norms(grad, self.parts[name].rows if self.parts[name].on_sphere else None)
+            for name, grad in grads.items()
+        }
+        norm = torch.stack([item.square_sum for item in norms.values()]).sum().sqrt().float()
+        scale = (self.settings.clip / (norm + 1e-6)).clamp(max=1.0) if self.settings.clip else torch.ones_like(norm)
+        for name, grad in grads.items():
+            part = self.parts[name]
+            adam = AdamStep(self.lr * factor * part.lr_unit, *self.betas, ADAM_EPS, self.step_count, part.seed)
+            self.kernels.adam(part.rows, grad, part.moments, adam, scale, norms[name].along)
+        self.sae.zero_grad(set_to_none=True)
         return norm
 
+    @property
+    def current_lr(self) -> float:
+        """Learning rate of the matrices in the last step."""
+        step = max(0, self.step_count - 1)
+        return self.lr * lr_factor(step, self.settings.n_steps, self.warmup_steps, self.settings.lr_decay_fraction)
+
     def state_tensors(self) -> dict[str, Tensor]:
-        """Moments and step counts by parameter name."""
-        found = {}
-        for name, parameter in self.named.items():
-            for key, value in self.adam.state[parameter].items():
-                found[f"{name}.{key}"] = value
+        """Moments and the step count, by name."""
+        found = {"step": torch.tensor(self.step_count)}
+        for name, part in self.parts.items():
+            found |= {f"{name}.{key}": tensor for key, tensor in part.moments.tensors().items()}
         return found
 
     @torch.no_grad()
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore what `state_tensors` gave."""
-        for name, parameter in self.named.items():
-            state = self.adam.state[parameter]
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                saved = tensors.get(f"{name}.{key}")
-                if saved is None:  # a parameter that has had no gradient yet has no state
-                    continue
-                # empty_like keeps the parameter's strides: the fused kernel walks memory, not indices.
-                like = (
-                    torch.empty_like(parameter) if key != "step" else torch.empty_like(saved, device=parameter.device)
-                )
-                state[key] = like.copy_(saved)
+        self.step_count = int(tensors["step"])
+        for name, part in self.parts.items():
+            for key, tensor in part.moments.tensors().items():
+                tensor.copy_(tensors[f"{name}.{key}"])
+
+
+def _as_rows(name: str, tensor: Tensor) -> Float[Tensor, "rows d"]:
+    """View a parameter, or its gradient, as a contiguous matrix. W_enc lies transposed in memory."""
+    if name == "W_enc":
+        tensor = tensor.t()
+    rows = tensor if tensor.ndim == 2 else tensor.reshape(1, -1)
+    return rows if rows.is_contiguous() else rows.contiguous()

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sae.autoencoder.forward import TrainingLoss
+from sae.autoencoder.gradients import AuxK, TrainingLoss, loss_and_gradients, variance
 from sae.autoencoder.sae import SAE, SAEConfig
+from sae.kernels.operands import Precision
+from sae.kernels.reference import Kernels
 from sae.train.grid import SAESpec
 from sae.train.initialise import InputStats, initialise
 from sae.train.optim import Optimiser
@@ -27,6 +29,29 @@ class FinalStats(NamedTuple):
     n_dead: int
 
 
+class Inputs(NamedTuple):
+    """A batch at one hook point, shared by all its SAEs."""
+
+    x: Float[Tensor, "batch d_in"]
+    """Scaled so that E||x||^2 = d_in, fp32."""
+    variance: Tensor
+    """Scalar: sum of squares about the batch mean."""
+
+    @classmethod
+    def of(cls, acts: Float[Tensor, "batch d_in"], scale: float) -> "Inputs":
+        """Scale raw activations."""
+        x = acts * scale
+        return cls(x, variance(x))
+
+
+class StepResult(NamedTuple):
+    """What one step of one SAE gave."""
+
+    loss: TrainingLoss
+    grad_norm: Tensor
+    """Scalar, before clipping."""
+
+
 class SAERun:
     """Everything one SAE needs to take a step, and to be put aside and taken up again."""
 
@@ -38,9 +63,13 @@ class SAERun:
         lm_name: str,
         lm_fingerprint: str,
         device: torch.device,
+        kernels: Kernels,
+        precision: Precision,
     ) -> None:
         self.spec = spec
         self.settings = settings
+        self.kernels, self.precision = kernels, precision
+        self.auxk = AuxK(settings.auxk_alpha, settings.k_aux)
         config = SAEConfig(
             architecture=spec.architecture,
             d_in=d_in,
@@ -54,7 +83,7 @@ class SAERun:
         self.sae = SAE(config, settings.sparsity_options()).to(device)
         self.scale = 1.0
         """Inputs are multiplied by it; folded into the weights at the end."""
-        self.optimiser = Optimiser(self.sae, settings)
+        self.optimiser = Optimiser(self.sae, settings, kernels)
         self.silent_tokens = torch.zeros(spec.d_sae, dtype=torch.int64, device=device)
         self.averages = torch.full((2,), torch.nan, dtype=torch.float64, device=device)
         """Running averages of l0 and fvu."""
@@ -69,8 +98,26 @@ class SAERun:
         """Latents silent for `dead_after_tokens`."""
         return self.silent_tokens >= self.settings.dead_after_tokens
 
-    def record(self, loss: TrainingLoss, batch_tokens: int) -> None:
-        """Count what a batch did."""
+    def train_step(self, inputs: Inputs, step: int) -> StepResult:
+        """Take optimiser step number `step` (from 0) on a batch."""
+        # No latent can have been silent for longer than training has lasted: until then there is nothing to look for.
+        long_enough = (step + 1) * len(inputs.x) > self.settings.dead_after_tokens
+        loss = loss_and_gradients(
+            self.sae,
+            inputs.x,
+            step,
+            self.dead() if long_enough else None,
+            kernels=self.kernels,
+            precision=self.precision,
+            auxk=self.auxk,
+            x_variance=inputs.variance,
+        )
+        grad_norm = self.optimiser.step(step)
+        self.sae.sparsity.update(loss.stats)
+        self._record(loss, len(inputs.x))
+        return StepResult(loss, grad_norm)
+
+    def _record(self, loss: TrainingLoss, batch_tokens: int) -> None:
         self.silent_tokens.add_(batch_tokens).masked_fill_(loss.fired, 0)
         now = torch.stack([loss.stats.l0, loss.fvu]).double()
         self.averages = torch.where(self.averages.isnan(), now, self.averages.lerp(now, AVERAGE_MEMORY))
@@ -101,7 +148,7 @@ class SAERun:
         sae.fold_input_scale(self.scale)
         n_tokens = self.settings.n_steps * self.settings.batch_tokens
         training = {**self.settings.identity(), "lr": self.optimiser.lr, "n_tokens": n_tokens, "run": identity}
-        training |= {"input_scale": self.scale, **final._asdict()}
+        training |= {"kernels": self.kernels.name, "input_scale": self.scale, **final._asdict()}
         sae.config = SAEConfig(**{**sae.config.__dict__, "metadata": {"training": training}})
         sae.save(folder)
         return final

@@ -7,8 +7,11 @@ from typing import Any
 
 from sae.autoencoder.sparsity import SparsityOptions
 from sae.errors import UserError, unknown
+from sae.kernels import NAMES as KERNELS
+from sae.kernels.moments import KINDS as MOMENTS
+from sae.kernels.operands import Precision
 
-ENCODER_DTYPES = ("auto", "float32", "bfloat16")
+ENCODER_DTYPES = ("auto", *(item.value for item in Precision))
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,12 @@ class TrainSettings:
     init_batches: int = 4
     """Batches read to set the input scale, b_dec and thresholds; the stream is then rewound."""
     encoder_dtype: str = "auto"
-    """Precision of the encoder matmul: float32, bfloat16, or auto (bfloat16 on CUDA only). Weights are always fp32."""
+    """Precision of the encoder product: float32, bfloat16, bfloat16_rescored (bfloat16 offers candidates, fp32 scores
+    them), or auto: bfloat16 where the machine multiplies it in hardware. Weights are always fp32."""
+    moments: str = "float32"
+    """How Adam's moments of the two matrices are kept: float32, bfloat16 or float8 (8, 4 or 2 bytes a parameter)."""
+    kernels: str = "auto"
+    """What computes the step: auto (the fastest there is), triton, cpp, torch, or reference (plain autograd)."""
     checkpoint_every: int = 0
     """Steps between checkpoints; 0 means by time only."""
     checkpoint_seconds: float = 300.0
@@ -83,6 +91,10 @@ class TrainSettings:
             raise UserError(f"threshold_beta = {self.threshold_beta} is not between 0 and 1 (1 excluded).")
         if self.encoder_dtype not in ENCODER_DTYPES:
             raise unknown("encoder_dtype", self.encoder_dtype, list(ENCODER_DTYPES))
+        if self.moments not in MOMENTS:
+            raise unknown("moments", self.moments, list(MOMENTS))
+        if self.kernels not in KERNELS:
+            raise unknown("kernels", self.kernels, list(KERNELS))
 
     @property
     def n_steps(self) -> int:
@@ -103,6 +115,9 @@ class TrainSettings:
         )
 
     def identity(self) -> dict[str, Any]:
-        """The settings that can change a trained weight; how often to log or save is not among them."""
-        skipped = {"checkpoint_every", "checkpoint_seconds", "log_every"}
+        """The settings that can change a trained weight; how often to log or save is not among them.
+
+        Nor is which kernels compute it: they agree up to rounding, and a run may go on on another machine.
+        """
+        skipped = {"checkpoint_every", "checkpoint_seconds", "log_every", "kernels"}
         return {key: value for key, value in dataclasses.asdict(self).items() if key not in skipped}

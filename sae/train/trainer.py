@@ -9,6 +9,7 @@ its last checkpoint; on the CPU the result is bit for bit that of an uninterrupt
                    lm_name="organism", lm_fingerprint="...")
 """
 
+import dataclasses
 import shutil
 import time
 from collections.abc import Callable
@@ -19,13 +20,14 @@ import torch
 from torch import Tensor
 
 from sae import files
-from sae.autoencoder.forward import TrainingLoss, training_loss
+from sae.autoencoder.gradients import TrainingLoss
 from sae.errors import UserError, unknown
+from sae.kernels import pick, pick_precision
 from sae.train import checkpoint
 from sae.train.grid import SAESpec, check_specs
 from sae.train.initialise import InputStats, input_stats
 from sae.train.interfaces import ActivationBatch, MetricSink, Stream
-from sae.train.run import SAERun
+from sae.train.run import Inputs, SAERun
 from sae.train.settings import TrainSettings
 from sae.train.signals import StopSignals
 
@@ -100,6 +102,9 @@ def train(
     """
     folder, device = Path(folder), torch.device(device)
     _check(stream, specs, settings)
+    kernels, precision = pick(device, settings.kernels), pick_precision(device, settings.encoder_dtype)
+    # What "auto" came to is part of the run's identity: another precision would give other weights.
+    settings = dataclasses.replace(settings, encoder_dtype=precision.value)
     identity = _identity(stream, specs, settings, lm_name, lm_fingerprint)
     if overwrite:
         _discard_others(folder, identity)
@@ -107,7 +112,10 @@ def train(
     if done is not None:
         return done
 
-    runs = [SAERun(spec, stream.d_in[spec.hook_name], settings, lm_name, lm_fingerprint, device) for spec in specs]
+    runs = [
+        SAERun(spec, stream.d_in[spec.hook_name], settings, lm_name, lm_fingerprint, device, kernels, precision)
+        for spec in specs
+    ]
     step, seconds_before = _restore(folder, stream, runs, identity)
     if step is None:
         stats = _read_input_stats(stream, {spec.hook_name for spec in specs}, settings)
@@ -115,7 +123,6 @@ def train(
             run.initialise(stats[run.spec.hook_name])
         step = 0
 
-    encoder_dtype = _encoder_dtype(settings, device)
     start = saved_at = time.monotonic()
     problems = _NonFinite(device)
 
@@ -127,30 +134,20 @@ def train(
     with StopSignals() as stop:
         while step < settings.n_steps:
             batch = _next_batch(stream, step)
-            inputs: dict[str, Tensor] = {}
-            for hook_name in dict.fromkeys(run.spec.hook_name for run in runs):
-                inputs[hook_name] = batch.acts[hook_name].to(device, torch.float32)
-                problems.watch(inputs[hook_name], f"activations at {hook_name!r}", step)
+            inputs: dict[str, Inputs] = {}
+            for run in runs:
+                name = run.spec.hook_name
+                if name not in inputs:  # the scale is the hook point's, so its SAEs share one copy
+                    acts = batch.acts[name].to(device, torch.float32)
+                    problems.watch(acts, f"activations at {name!r}", step)
+                    inputs[name] = Inputs.of(acts, run.scale)
             problems.check_now_if_cheap()
 
             losses: list[TrainingLoss] = []
             for run in runs:
-                x = inputs[run.spec.hook_name] * run.scale
-                loss = training_loss(
-                    run.sae,
-                    x,
-                    step,
-                    run.dead(),
-                    auxk_alpha=settings.auxk_alpha,
-                    k_aux=settings.k_aux,
-                    encoder_dtype=encoder_dtype,
-                )
+                loss, grad_norm = run.train_step(inputs[run.spec.hook_name], step)
                 problems.watch(loss.total, f"the loss of {run.spec.folder!r}", step)
-                problems.check_now_if_cheap()
-                loss.total.backward()
-                problems.watch(run.optimiser.step(step), f"the gradient of {run.spec.folder!r}", step)
-                run.sae.sparsity.update(loss.stats)
-                run.record(loss, len(x))
+                problems.watch(grad_norm, f"the gradient of {run.spec.folder!r}", step)
                 problems.check_now_if_cheap()
                 losses.append(loss)
             step += 1
@@ -279,12 +276,6 @@ def _next_batch(stream: Stream, step: int) -> ActivationBatch:
         raise UserError(f"the activation stream ended at step {step}: lower total_tokens or harvest more.") from None
 
 
-def _encoder_dtype(settings: TrainSettings, device: torch.device) -> torch.dtype:
-    if settings.encoder_dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return torch.bfloat16 if settings.encoder_dtype == "bfloat16" else torch.float32
-
-
 class _NonFinite:
     """Watches for NaN and infinities.
 
@@ -331,7 +322,7 @@ def _metrics(
             "dead_fraction": run.dead().float().mean(),
         }
         found |= {f"{run.spec.folder}/{name}": float(value) for name, value in values.items()}
-        found[f"{run.spec.folder}/lr"] = float(run.optimiser.adam.param_groups[0]["lr"])
+        found[f"{run.spec.folder}/lr"] = run.optimiser.current_lr
     return found
 
 

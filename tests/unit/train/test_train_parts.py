@@ -10,6 +10,7 @@ from train_toys import HOOK, ToyStream, orthogonal
 
 from sae.autoencoder.sae import SAE, SAEConfig
 from sae.errors import UserError
+from sae.kernels import pick
 from sae.train.grid import SAESpec, grid
 from sae.train.initialise import geometric_median, initialise, input_stats
 from sae.train.optim import Optimiser, default_lr, lr_factor
@@ -92,7 +93,7 @@ def test_optimiser_is_adam_on_the_sphere():
     """The fused kernel on strided weights takes the steps of textbook Adam."""
     sae = SAE(SAEConfig("jumprelu", 5, 7, 2.0, 0, "h", "toy"))
     settings = TrainSettings(total_tokens=1000, batch_tokens=10, lr=0.01, clip=0.0, lr_warmup_steps=0)
-    optimiser = Optimiser(sae, settings)
+    optimiser = Optimiser(sae, settings, pick("cpu"))
     mine = {name: parameter.detach().clone().contiguous().double() for name, parameter in sae.named_parameters()}
     second = {name: torch.zeros_like(value) for name, value in mine.items()}
     for step in range(5):
@@ -115,7 +116,7 @@ def test_optimiser_is_adam_on_the_sphere():
 
 def test_clipping_bounds_the_norm_of_one_saes_gradient():
     sae = SAE(SAEConfig("relu", 5, 7, 2.0, 0, "h", "toy"))
-    optimiser = Optimiser(sae, TrainSettings(total_tokens=1000, batch_tokens=10))
+    optimiser = Optimiser(sae, TrainSettings(total_tokens=1000, batch_tokens=10), pick("cpu"))
     for parameter in sae.parameters():
         parameter.grad = 100 * torch.randn_like(parameter)
     optimiser.step(0)

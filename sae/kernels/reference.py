@@ -1,0 +1,166 @@
+"""The truth: every operation of a sparse training step in plain torch and fp32, as its definition reads.
+
+The other kernels subclass `Kernels`, override what they do faster, and must agree with it.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae.kernels.moments import Moments, step_seed
+from sae.kernels.operands import ByLatent, DecodeGrads, Entries, Index, Precision, Projection, RowNorms, run_starts
+
+
+@dataclass(frozen=True)
+class AdamStep:
+    """One step of Adam (1412.6980, algorithm 1) on one matrix."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    step: int
+    """Number of this step; the first is 1."""
+    seed: int
+    """Of the matrix, for the stochastic rounding of its moments."""
+
+    @property
+    def correction1(self) -> float:
+        """What the first moment is divided by."""
+        return 1.0 - self.beta1**self.step
+
+    @property
+    def correction2(self) -> float:
+        """What the second moment is divided by."""
+        return 1.0 - self.beta2**self.step
+
+
+class Kernels:
+    """Operations of a training step. All inputs and outputs are fp32 on one device; indices are int64."""
+
+    name: ClassVar[str] = "reference"
+
+    # The encoder, and what is selected from it
+
+    def pre_acts(self, projection: Projection) -> Float[Tensor, "batch d_sae"]:
+        """All pre-activations."""
+        return projection.centred @ projection.w_enc + projection.b_enc
+
+    def topk(self, projection: Projection, k: int) -> Entries:
+        """The k largest pre-activations of each token, negative ones included; ties are broken arbitrarily."""
+        values, cols = self.pre_acts(projection).topk(k, dim=1, sorted=False)
+        return Entries(topk_rows(len(cols), k, cols.device), cols.reshape(-1), values.reshape(-1))
+
+    def above(
+        self, projection: Projection, threshold: Float[Tensor, "*d_sae"], max_density: float = 1.0
+    ) -> Entries | None:
+        """All pre-activations strictly above a threshold.
+
+        Args:
+            projection: the encoder product.
+            threshold: one number, or one a latent.
+            max_density: give up, and return None, once a larger part than this of the matrix is above.
+        """
+        pre_acts = self.pre_acts(projection)
+        rows, cols = (pre_acts > threshold).nonzero(as_tuple=True)
+        if len(rows) > max_density * pre_acts.numel():
+            return None
+        return Entries(rows, cols, pre_acts[rows, cols])
+
+    def max_density(self, precision: Precision) -> float:
+        """Up to which part of non-zero entries the sparse operations are cheaper than dense ones."""
+        return 1.0
+
+    # The decoder, and gradients
+
+    def by_latent(self, index: Index) -> ByLatent:
+        """Regroup entries by latent."""
+        cols, order = index.cols.sort(stable=True)
+        return ByLatent(order, index.rows[order], run_starts(cols, index.d_sae))
+
+    def decode(
+        self,
+        acts: Float[Tensor, " n"],
+        index: Index,
+        w_dec: Float[Tensor, "d_sae d_in"],
+        b_dec: Float[Tensor, " d_in"],
+    ) -> Float[Tensor, "batch d_in"]:
+        """Reconstructions: recons[t] = b_dec + sum over the entries of token t of acts * w_dec[latent]."""
+        return _dense(acts, index) @ w_dec + b_dec
+
+    def decode_grads(
+        self,
+        grad: Float[Tensor, "batch d_in"],
+        acts: Float[Tensor, " n"],
+        index: Index,
+        groups: ByLatent,
+        w_dec: Float[Tensor, "d_sae d_in"],
+    ) -> DecodeGrads:
+        """Gradients of `decode`, given that of the reconstructions."""
+        return DecodeGrads((grad @ w_dec.t())[index.rows, index.cols], _dense(acts, index).t() @ grad)
+
+    def encode_grad(
+        self,
+        grad: Float[Tensor, " n"],
+        index: Index,
+        groups: ByLatent,
+        centred: Float[Tensor, "batch d_in"],
+    ) -> Float[Tensor, "d_sae d_in"]:
+        """Gradient of w_enc, transposed, given that of the pre-activations at the entries."""
+        return _dense(grad, index).t() @ centred
+
+    # The optimiser
+
+    def row_norms(self, grad: Float[Tensor, "rows d"], unit_rows: Float[Tensor, "rows d"] | None = None) -> RowNorms:
+        """Sum of squares of a gradient, without its components along `unit_rows` where they are given."""
+        if unit_rows is None:
+            return RowNorms(grad.double().square().sum(), None)
+        along = (grad * unit_rows).sum(1)
+        rest = grad - along[:, None] * unit_rows
+        return RowNorms(rest.double().square().sum(), along)
+
+    def adam(
+        self,
+        param: Float[Tensor, "rows d"],
+        grad: Float[Tensor, "rows d"],
+        moments: Moments,
+        step: AdamStep,
+        scale: Float[Tensor, ""],
+        along: Float[Tensor, " rows"] | None = None,
+    ) -> None:
+        """Take one step of Adam, in place.
+
+        Args:
+            param: the parameter.
+            grad: its gradient; may be overwritten.
+            moments: its moments, moved on.
+            step: rate and constants.
+            scale: what the gradient is multiplied by (clipping).
+            along: take these components along the parameter's rows out of the gradient first, and restore the
+                rows to norm 1 after the step.
+        """
+        if along is not None:
+            grad = grad - along[:, None] * param
+        grad = grad * scale
+        exp_avg, exp_avg_sq = moments.read()
+        exp_avg = exp_avg.lerp(grad, 1 - step.beta1)
+        exp_avg_sq = (step.beta2 * exp_avg_sq).addcmul(grad, grad, value=1 - step.beta2)
+        denominator = (exp_avg_sq / step.correction2).sqrt_().add_(step.eps)
+        param.addcdiv_(exp_avg, denominator, value=-step.lr / step.correction1)
+        if along is not None:
+            param.div_(param.norm(dim=1, keepdim=True).clamp(min=1e-12))
+        moments.write(exp_avg, exp_avg_sq, step_seed(step.seed, step.step))
+
+
+def topk_rows(batch: int, k: int, device: torch.device) -> Tensor:
+    """[batch*k] token of each entry, when every token has k."""
+    return torch.arange(batch, device=device)[:, None].expand(batch, k).reshape(-1)
+
+
+def _dense(values: Float[Tensor, " n"], index: Index) -> Float[Tensor, "batch d_sae"]:
+    """The matrix whose entries are listed."""
+    matrix = torch.zeros(index.batch, index.d_sae, dtype=values.dtype, device=values.device)
+    return matrix.index_put((index.rows, index.cols), values)
