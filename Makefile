@@ -2,15 +2,17 @@
 #   make demo    the whole path on the model organism: harvest, train, evaluate, find, prove, clamp, report
 #   make test    format, lint, types and tests
 #   make lint    format, lint and types only
-#   make bench   timings
+#   make bench   every benchmark, beside the peers, which get an environment of their own; writes docs/benchmarks.md
+#   make peers   that environment only
 PYTHON ?= python3
 VENV := .venv
+PEERS := .venv-peers
 BIN := $(VENV)/bin
 # Threads that wait politely: spinning ones slow small steps down twentyfold when a core is shared.
 export OMP_WAIT_POLICY := PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint bench install clean
+.PHONY: demo test lint bench peers install clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -24,8 +26,10 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(VENV)/installed
-	$(BIN)/python scripts/bench/pipeline.py
+bench: $(VENV)/installed $(PEERS)/installed
+	$(BIN)/sae bench suite=all name=bench bench.docs=true
+
+peers: $(PEERS)/installed
 
 install: $(VENV)/installed
 
@@ -36,5 +40,9 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
+$(PEERS)/installed: scripts/bench/install_peers.sh
+	PYTHON=$(PYTHON) scripts/bench/install_peers.sh $(PEERS)
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(PEERS) .mypy_cache .ruff_cache .pytest_cache

@@ -34,6 +34,7 @@ STAGES = {
     "behavior": Stage("sae.stages.behavior", "find the latents behind a behaviour and test them causally"),
     "steer": Stage("sae.stages.steer", "generate with a latent clamped, beside the model's own words"),
     "report": Stage("sae.stages.report", "write the run's self-contained HTML page"),
+    "bench": Stage("sae.stages.bench", "time this package beside its peers (suite=train, ..., all)"),
 }
 
 
@@ -145,7 +146,8 @@ def _remember(recipe: Recipe, folder: Path) -> None:
     """Note the settings of a run that has got somewhere; single-use keys are left out."""
     from sae.files import write_json
 
-    kept = [item for item in recipe.overrides if not item.startswith(("force=", "steer.", "organism.action="))]
+    once = ("force=", "steer.", "organism.action=", "suite=", "bench.")
+    kept = [item for item in recipe.overrides if not item.startswith(once)]
     write_json(folder / RECIPE, {"config": recipe.config, "overrides": kept})
 
 

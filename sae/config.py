@@ -215,6 +215,23 @@ class LogConfig:
 
 
 @dataclass
+class BenchConfig:
+    """Benchmarks: who takes part, and for how long."""
+
+    peers: list[str] = field(default_factory=lambda: ["sae-lens", "sparsify", "dictionary_learning", "reference"])
+    peers_env: str = ".venv-peers"  # the environment that holds the foreign ones; `make peers` makes it
+    models: list[str] = field(default_factory=lambda: ["organism"])  # suite quality: whose activations are learned
+    text: str = ""  # suite quality: what the models other than the organism read
+    threads: int = 2
+    repeats: int = 7  # turns each contestant takes
+    turn_steps: int = 3  # timed steps in a turn
+    warmup_steps: int = 4  # steps before the first turn
+    steps: int = 2_000  # suite quality: training steps
+    quick: bool = False  # toy sizes, to see that everything works
+    docs: bool = False  # write docs/benchmarks.md and .json from the newest results
+
+
+@dataclass
 class RunConfig:
     """Everything a run needs; stages read their own sections."""
 
@@ -230,6 +247,8 @@ class RunConfig:
     steer: SteerConfig = field(default_factory=SteerConfig)
     organism: OrganismConfig = field(default_factory=OrganismConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    bench: BenchConfig = field(default_factory=BenchConfig)
+    suite: str = "train"  # what `sae bench` measures; "all" is everything, an unknown name prints the list
     force: bool = False  # do a stage again although its output is there
     job: str = ""  # set by a multirun: the job's folder inside the run's
 

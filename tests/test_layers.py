@@ -25,10 +25,12 @@ ALLOWED = {
     "evals": BASE | {"lm", "autoencoder"},
     "behavior": BASE | {"lm", "autoencoder", "organism", "steering"},
     "report": BASE,
+    "bench": BASE | {"lm", "kernels", "autoencoder", "organism", "activations", "train", "report"},
     "stages": BASE
     | {
         "config",
         "lm",
+        "kernels",
         "autoencoder",
         "organism",
         "activations",
@@ -37,6 +39,7 @@ ALLOWED = {
         "evals",
         "behavior",
         "report",
+        "bench",
     },
     "cli": {"errors", "files", "config", "stages"},
     "__init__": {"errors", "lm", "autoencoder", "steering"},

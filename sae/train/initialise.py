@@ -13,7 +13,7 @@ from sae.errors import UserError
 
 SAMPLE_TOKENS = 8192
 
-INIT_PRE_ACTS = 2**27  # pre-activations looked at when thresholds are set
+INIT_PRE_ACTS = 2**22  # pre-activations looked at when thresholds are set; finding an order statistic copies them
 
 
 class InputStats(NamedTuple):
@@ -61,5 +61,9 @@ def initialise(sae: SAE, stats: InputStats) -> None:
     """Centre a fresh SAE on the data and let its architecture set its thresholds."""
     sae.b_dec.copy_(stats.centre)
     if type(sae.sparsity).initialise is not Sparsity.initialise:  # pre-activations of a wide SAE are gigabytes
-        n_rows = max(256, min(len(stats.sample), INIT_PRE_ACTS // sae.config.d_sae))
-        sae.sparsity.initialise(sae.pre_acts(stats.sample[:n_rows]))
+        sae.sparsity.initialise(sae.pre_acts(stats.sample[: sample_rows(sae.config.d_sae)]))
+
+
+def sample_rows(d_sae: int) -> int:
+    """How many tokens' pre-activations an SAE's thresholds are set from."""
+    return max(256, min(SAMPLE_TOKENS, INIT_PRE_ACTS // d_sae))

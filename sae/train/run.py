@@ -1,6 +1,5 @@
 """One SAE in training: its weights in normalised units, its optimiser, and when each latent last fired."""
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -141,10 +140,10 @@ class SAERun:
         self.scale = scale
 
     def finish(self, folder: Path, identity: str) -> FinalStats:
-        """Fold the input scale into a copy of the weights and save it."""
+        """Fold the input scale into the weights and save them. The run is over: it cannot take another step."""
         l0, fvu = self.averages.tolist()
         final = FinalStats(l0, fvu, int(self.dead().sum()))
-        sae = copy.deepcopy(self.sae)
+        sae = self.sae
         sae.fold_input_scale(self.scale)
         n_tokens = self.settings.n_steps * self.settings.batch_tokens
         training = {**self.settings.identity(), "lr": self.optimiser.lr, "n_tokens": n_tokens, "run": identity}

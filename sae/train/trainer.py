@@ -25,7 +25,7 @@ from sae.errors import UserError, unknown
 from sae.kernels import pick, pick_precision
 from sae.train import checkpoint
 from sae.train.grid import SAESpec, check_specs
-from sae.train.initialise import InputStats, input_stats
+from sae.train.initialise import input_stats
 from sae.train.interfaces import ActivationBatch, MetricSink, Stream
 from sae.train.run import Inputs, SAERun
 from sae.train.settings import TrainSettings
@@ -118,9 +118,7 @@ def train(
     ]
     step, seconds_before = _restore(folder, stream, runs, identity)
     if step is None:
-        stats = _read_input_stats(stream, {spec.hook_name for spec in specs}, settings)
-        for run in runs:
-            run.initialise(stats[run.spec.hook_name])
+        _initialise(runs, stream, settings)
         step = 0
 
     start = saved_at = time.monotonic()
@@ -261,12 +259,16 @@ def _save_checkpoint(
     return checkpoint.save(folder / CHECKPOINTS, step, state, {**tensors, "rng": torch_rng})
 
 
-def _read_input_stats(stream: Stream, hook_names: set[str], settings: TrainSettings) -> dict[str, InputStats]:
+def _initialise(runs: list[SAERun], stream: Stream, settings: TrainSettings) -> None:
     """Measure every hook point on the first batches, then rewind the stream so that training sees them too."""
     position = stream.state_dict()
     batches = [_next_batch(stream, 0).acts for _ in range(settings.init_batches)]
     stream.load_state_dict(position)
-    return {name: input_stats(torch.cat([batch[name].float().cpu() for batch in batches]), name) for name in hook_names}
+    for name in {run.spec.hook_name for run in runs}:
+        stats = input_stats(torch.cat([batch[name].float().cpu() for batch in batches]), name)
+        for run in runs:
+            if run.spec.hook_name == name:
+                run.initialise(stats)
 
 
 def _next_batch(stream: Stream, step: int) -> ActivationBatch:

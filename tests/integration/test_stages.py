@@ -193,7 +193,7 @@ def test_the_configuration_surface_is_frozen():
     top = [key for key in keys() if "." not in key]
     assert top == [
         "name", "runs", "lm", "data", "harvest", "sae", "train", "eval", "behavior", "steer", "organism", "log",
-        "force", "job",
+        "bench", "suite", "force", "job",
     ]  # fmt: skip
 
 
