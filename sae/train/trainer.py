@@ -12,6 +12,7 @@ its last checkpoint; on the CPU the result is bit for bit that of an uninterrupt
 import dataclasses
 import shutil
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -237,6 +238,12 @@ def _restore(folder: Path, stream: Stream, runs: list[SAERun], identity: str) ->
         return None, 0.0
     if found.state["identity"] != identity:
         raise _another_run(folder / CHECKPOINTS, "an unfinished run")
+    if found.state["kernels"] != runs[0].kernels.name:
+        warnings.warn(
+            f"this run was begun with train.kernels={found.state['kernels']} and goes on with {runs[0].kernels.name}: "
+            "the result will equal that of an uninterrupted run up to rounding only.",
+            stacklevel=3,
+        )
     for index, run in enumerate(runs):
         run.load_state(found.tensors[f"sae-{index:04d}"], found.state["scales"][index])
     stream.load_state_dict(found.state["stream"])
@@ -254,6 +261,7 @@ def _save_checkpoint(
         "scales": [run.scale for run in runs],
         "stream": stream.state_dict(),
         "python_rng": python_rng,
+        "kernels": runs[0].kernels.name,
     }
     tensors = {f"sae-{index:04d}": run.state_tensors() for index, run in enumerate(runs)}
     return checkpoint.save(folder / CHECKPOINTS, step, state, {**tensors, "rng": torch_rng})

@@ -95,6 +95,28 @@ class Keep:
         self.found.append((step, dict(metrics)))
 
 
+@pytest.mark.parametrize("moments", ["bfloat16", "float8"])
+def test_resume_carries_compressed_moments(moments, tmp_path):
+    settings = replace(SETTINGS, moments=moments)
+    run(tmp_path / "whole", settings=settings)
+    with pytest.raises(Stop):
+        run(tmp_path / "cut", settings=settings, progress=stop_after(10))
+    torch.manual_seed(5)
+    run(tmp_path / "cut", settings=settings)
+    assert_same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
+
+
+def test_resume_with_other_kernels_says_so_and_agrees(tmp_path, uninterrupted):
+    with pytest.raises(Stop):
+        run(tmp_path, settings=replace(SETTINGS, kernels="reference"), progress=stop_after(10))
+    with pytest.warns(UserWarning, match=r"train.kernels=reference and goes on with torch"):
+        run(tmp_path, settings=replace(SETTINGS, kernels="torch"))
+    for spec in SPECS:
+        metadata = files.read_json(tmp_path / spec.folder / "config.json")["metadata"]["training"]
+        assert metadata["kernels"] == "torch"
+        assert metadata["encoder_dtype"] in ("float32", "bfloat16"), "what auto came to is recorded"
+
+
 @pytest.mark.parametrize("architecture", ["topk", "batch_topk", "jumprelu"])
 def test_resume_carries_dead_latents(architecture, tmp_path):
     """With many latents and few active ones AuxK is at work, so losing what is dead would show."""
