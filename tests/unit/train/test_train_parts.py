@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from train_toys import HOOK, ToyStream, orthogonal
+from train_toys import HOOK, ToyStream, orthogonal, unit_rows
 
 from sae.autoencoder.sae import SAE, SAEConfig
 from sae.errors import UserError
@@ -195,3 +195,15 @@ def test_bfloat16_encoder_trains_as_well(tmp_path):
         fvu[dtype] = result.saes[0].fvu
     assert fvu["bfloat16"] != fvu["float32"]
     assert fvu["bfloat16"] == pytest.approx(fvu["float32"], rel=0.02)
+
+
+def test_compressed_moments_train_as_well(tmp_path):
+    """The same FVU within 2%, from half and a quarter of the memory of Adam's moments."""
+    reached = {}
+    for moments in ("float32", "bfloat16", "float8"):
+        settings = TrainSettings(total_tokens=600 * 64, batch_tokens=64, lr=3e-3, moments=moments)
+        stream = ToyStream({HOOK: unit_rows(48, 32)}, 64, p=0.1)
+        found = train(stream, [SAESpec(HOOK, "batch_topk", 64, 5, 1)], settings, tmp_path / moments, lm_name="toy")
+        reached[moments] = found.saes[0].fvu
+    assert reached["bfloat16"] == pytest.approx(reached["float32"], rel=0.02)
+    assert reached["float8"] == pytest.approx(reached["float32"], rel=0.02)
