@@ -130,7 +130,7 @@ def _sparse(sae: SAE, x: Tensor, projection: Projection, entries: Entries, step:
     grad_values = _backward(values, acts, penalty, grads.acts)
     sae.W_dec.grad = grads.w_dec
     sae.W_enc.grad = kernels.encode_grad(grad_values, index, groups, projection.centred).t()
-    sae.b_enc.grad = torch.zeros_like(sae.b_enc).index_add_(0, entries.cols, grad_values)
+    sae.b_enc.grad = kernels.bias_grad(grad_values, index, groups)
     sae.b_dec.grad = grad.sum(0).addmv_(sae.W_enc, sae.b_enc.grad, alpha=-1)
     return _Pass(error, active._replace(latent_acts=acts.detach()), penalty.detach())
 
@@ -215,7 +215,7 @@ def _auxk(
         grad_values = grads.acts * (acts > 0)
         grad_w_dec = grads.w_dec
         grad_w_enc = kernels.encode_grad(grad_values, index, groups, projection.centred)
-        grad_b_enc = torch.zeros(n_dead, device=acts.device).index_add_(0, entries.cols, grad_values)
+        grad_b_enc = kernels.bias_grad(grad_values, index, groups)
     else:
         dtype = projection.precision.dtype
         w, v, centred = w_enc.to(dtype), w_dec.to(dtype), projection.centred.to(dtype)

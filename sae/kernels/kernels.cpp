@@ -261,8 +261,8 @@ inline uint32_t encode8(float magnitude, float scale, uint32_t noise) {
     const float ratio = magnitude / scale;
     int32_t code = static_cast<int32_t>((to_bits(ratio) + (noise & ((1u << DROP) - 1))) >> DROP);
     code += largest - (127 << MANTISSA);
-    const float uniform = static_cast<float>(noise & 0xFFFFFFu) / 16777216.0f;
-    code = ratio < smallest ? (uniform < ratio / smallest) : code;
+    constexpr float per_unit = static_cast<float>(16777216.0 / static_cast<double>(smallest));
+    code = ratio < smallest ? (static_cast<float>(noise & 0xFFFFFFu) < ratio * per_unit) : code;
     return static_cast<uint32_t>(code < 0 ? 0 : (code > largest ? largest : code));
 }
 

@@ -140,8 +140,9 @@ def encode8(
     largest = ((1 << exponent_bits) - 1) << MANTISSA_BITS
     code = rounded - (127 << MANTISSA_BITS) + largest
     smallest = _smallest(exponent_bits)
-    # Below the smallest code: up to it, or down to 0, with the probability that keeps the mean.
-    up = (noise & 0xFFFFFF).float() / 2**24 < ratio / smallest
+    # Below the smallest code: up to it, or down to 0, with the probability that keeps the mean. (Multiplied by a
+    # constant, not divided: division by a constant is not rounded alike everywhere.)
+    up = (noise & 0xFFFFFF).float() < ratio * (2**24 / smallest)
     code = torch.where(ratio < smallest, up.long(), code).clamp(0, largest)
     if signed:
         code = code | ((values < 0).long() << 7)

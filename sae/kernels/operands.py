@@ -85,9 +85,8 @@ class Index:
 
 def run_starts(sorted_ids: Int[Tensor, " n"], n_ids: int) -> Int[Tensor, " n_ids+1"]:
     """Index at which each id's run starts in a sorted list; ids without entries get an empty run."""
-    starts = torch.zeros(n_ids + 1, dtype=torch.int64, device=sorted_ids.device)
-    torch.cumsum(torch.bincount(sorted_ids, minlength=n_ids), 0, out=starts[1:])
-    return starts
+    # Not bincount, which makes the host wait for a GPU.
+    return torch.searchsorted(sorted_ids.contiguous(), torch.arange(n_ids + 1, device=sorted_ids.device))
 
 
 class DecodeGrads(NamedTuple):

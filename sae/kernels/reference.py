@@ -112,6 +112,10 @@ class Kernels:
         """Gradient of w_enc, transposed, given that of the pre-activations at the entries."""
         return _dense(grad, index).t() @ centred
 
+    def bias_grad(self, grad: Float[Tensor, " n"], index: Index, groups: ByLatent) -> Float[Tensor, " d_sae"]:
+        """Gradient of b_enc: the sum over each latent's entries."""
+        return torch.zeros(index.d_sae, device=grad.device).index_add_(0, index.cols, grad)
+
     # The optimiser
 
     def row_norms(self, grad: Float[Tensor, "rows d"], unit_rows: Float[Tensor, "rows d"] | None = None) -> RowNorms:
@@ -157,7 +161,7 @@ class Kernels:
 
 def topk_rows(batch: int, k: int, device: torch.device) -> Tensor:
     """[batch*k] token of each entry, when every token has k."""
-    return torch.arange(batch, device=device)[:, None].expand(batch, k).reshape(-1)
+    return torch.arange(batch, device=device).repeat_interleave(k, output_size=batch * k)
 
 
 def _dense(values: Float[Tensor, " n"], index: Index) -> Float[Tensor, "batch d_sae"]:

@@ -81,6 +81,7 @@ def test_sums_and_gradients(name, shape, seed, density):
     found = kernels.decode_grads(grad, acts, *arguments, w_dec)
     for mine, truth in zip(found, REFERENCE.decode_grads(grad, acts, *arguments, w_dec), strict=True):
         torch.testing.assert_close(mine, truth, **close)
+    torch.testing.assert_close(kernels.bias_grad(acts, *arguments), REFERENCE.bias_grad(acts, *arguments), **close)
     truth = REFERENCE.encode_grad(acts, *arguments, grad)
     torch.testing.assert_close(kernels.encode_grad(acts, *arguments, grad), truth, **close)
 
