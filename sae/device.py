@@ -1,4 +1,7 @@
-"""Which device to compute on, asked for by name."""
+"""Which device to compute on, asked for by name, and how much memory it has."""
+
+import os
+from pathlib import Path
 
 from sae.errors import UserError, unknown
 
@@ -27,3 +30,33 @@ def pick_device(name: str) -> str:
             f"device {name!r} is not there ({torch.cuda.device_count()} CUDA devices found): use 'cpu' or 'auto'."
         )
     return name
+
+
+def free_memory(device: str) -> int:
+    """Bytes that can still be allocated on a device; on the CPU within the container's limit, where there is one.
+
+    On systems that do not say, half of the machine's memory.
+    """
+    import torch
+
+    if torch.device(device).type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        return free if limit == "max" else min(free, int(limit) - used)
+    except (OSError, ValueError):
+        return free
+
+
+def resident_memory() -> int:
+    """Bytes of memory this process holds now; 0 on systems that do not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return 0
