@@ -86,10 +86,10 @@ def _run_hydra(stage: str, given: list[str]) -> None:
             built.job = _job_name()
             where = f"{built.job}: " if built.job else ""
             importlib.import_module(STAGES[stage].module).run(built)
-            if not built.job:
+            if not built.job and not built.plan:
                 _remember(recipe, built.folder)
         except KeyboardInterrupt:
-            if (built.folder / "tokens").is_dir() and not built.job:
+            if (built.folder / "tokens").is_dir() and not built.job and not built.plan:
                 _remember(recipe, built.folder)
             raise
         except UserError as error:
@@ -146,7 +146,7 @@ def _remember(recipe: Recipe, folder: Path) -> None:
     """Note the settings of a run that has got somewhere; single-use keys are left out."""
     from sae.files import write_json
 
-    once = ("force=", "steer.", "organism.action=", "suite=", "bench.")
+    once = ("force=", "steer.", "organism.action=", "suite=", "bench.", "plan=")
     kept = [item for item in recipe.overrides if not item.startswith(once)]
     write_json(folder / RECIPE, {"config": recipe.config, "overrides": kept})
 

@@ -89,15 +89,15 @@ class HarvestConfig:
     )  # TransformerLens names; [] = resid_post at 1/4, 1/2, 3/4 of the depth
     batch_tokens: int = 8_192  # tokens in one forward pass of the language model
     shard_tokens: int = 262_144  # tokens in one shard, all hook points together
-    dtype: str = "bfloat16"
+    dtype: str = "bfloat16"  # of the store: bfloat16, float16, float32, or int8 (half of bfloat16, see docs)
     seed: int = 0
 
     def __post_init__(self) -> None:
         _require(self.batch_tokens >= 1, f"harvest.batch_tokens={self.batch_tokens} must be at least 1.")
         _require(self.shard_tokens >= 1, f"harvest.shard_tokens={self.shard_tokens} must be at least 1.")
         _require(
-            self.dtype in ("bfloat16", "float16", "float32"),
-            f"harvest.dtype={self.dtype!r} is not a storage type: use bfloat16, float16 or float32.",
+            self.dtype in ("bfloat16", "float16", "float32", "int8"),
+            f"harvest.dtype={self.dtype!r} is not a storage type: use bfloat16, float16, float32 or int8.",
         )
         _require(self.seed >= 0, f"harvest.seed={self.seed} is negative: give 0 or more.")
 
@@ -249,6 +249,7 @@ class RunConfig:
     log: LogConfig = field(default_factory=LogConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
     suite: str = "train"  # what `sae bench` measures; "all" is everything, an unknown name prints the list
+    plan: bool = False  # sae train: only say what memory, disk and time it would take
     force: bool = False  # do a stage again although its output is there
     job: str = ""  # set by a multirun: the job's folder inside the run's
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 from array import array
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import tee
 from pathlib import Path
 from typing import NamedTuple
@@ -15,14 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sae.activations.store import (
-    Shard,
-    StoreInfo,
-    StoreWriter,
-    TokenRows,
-    check_disk,
-    estimate_bytes,
-)
+from sae.activations.behind import Behind
+from sae.activations.store import Shard, StoreInfo, StoreWriter, TokenRows, check_disk, disk_bytes
 from sae.errors import UserError
 from sae.files import atomic_folder, read_tensors, write_tensors
 from sae.lm.documents import Document
@@ -202,6 +197,8 @@ def harvest(
 ) -> StoreInfo:
     """Run every pass and write the store; a harvest that was killed goes on where it was.
 
+    A background thread converts, groups and writes what a pass gave while the model makes the next one.
+
     Args:
         passes: the forward passes.
         folder: where the store goes.
@@ -214,8 +211,7 @@ def harvest(
     Raises:
         UserError: the disk is too small, or an activation is not finite.
     """
-    needed = estimate_bytes(passes.d_in, passes.n_tokens, dtype)
-    check_disk(folder, needed + needed // max(1, passes.n_tokens // shard_tokens))
+    check_disk(folder, disk_bytes(passes.d_in, passes.n_tokens, shard_tokens, dtype))
     writer = StoreWriter(
         folder,
         passes.d_in,
@@ -228,10 +224,11 @@ def harvest(
         identity=identity,
     )
     done = passes.n_tokens * writer.next_pass // max(1, len(passes))
-    for number in range(writer.next_pass, len(passes)):
-        shard = passes(number)
-        writer.add(shard.acts, shard.tokens)
-        done += shard.tokens.token.shape[0]
-        if progress is not None:
-            progress(min(done, passes.n_tokens), passes.n_tokens)
+    with Behind() as behind:
+        for number in range(writer.next_pass, len(passes)):
+            shard = passes(number)
+            behind.submit(partial(writer.add, shard.acts, shard.tokens))
+            done += shard.tokens.token.shape[0]
+            if progress is not None:
+                progress(min(done, passes.n_tokens), passes.n_tokens)
     return writer.finish()

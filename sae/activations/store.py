@@ -3,7 +3,7 @@
 Layout of a store folder::
 
     store.json                         what it holds; written last, so a folder without it is unfinished
-    shard-00000/<hook_name>.safetensors    {"acts": [row d_in]}
+    shard-00000/<hook_name>.safetensors    {"acts": [row d_in]}, int8: {"scale": [row], "outliers": [row outlier], ...}
     shard-00000/tokens.safetensors         {"token": [row], "role": [row], "doc": [row], "pos": [row]}
 
 Row r of every file of a shard belongs to the same token. The rows of the store are a uniformly random permutation
@@ -17,74 +17,74 @@ they hold. After a kill the files are cut back to the journal and writing goes o
 depend only on the seed and the number of the forward pass, so a resumed store is byte for byte the uninterrupted one.
 """
 
+import hashlib
+import json
 import os
 import shutil
+from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float
 from torch import Tensor
 
+from sae.activations.layout import (
+    DTYPES,
+    TOKENS,
+    Column,
+    Shard,
+    StoreInfo,
+    TokenRows,
+    columns,
+    estimate_bytes,
+    file_name,
+    format_bytes,
+    record_bytes,
+    token_columns,
+)
+from sae.activations.quantize import pick_outliers, quantize
+from sae.activations.reader import StoreReader, read_ahead
 from sae.errors import UserError, unknown
-from sae.files import SCHEMA_VERSION, read_json, read_tensors, sha256_file, write_json, write_tensors
+from sae.files import atomic_path, read_json, write_json
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-TOKEN_FIELDS = {"token": np.int32, "role": np.uint8, "doc": np.int32, "pos": np.int32}
+__all__ = [
+    "DTYPES",
+    "Shard",
+    "StoreInfo",
+    "StoreReader",
+    "StoreWriter",
+    "TokenRows",
+    "check_disk",
+    "disk_bytes",
+    "estimate_bytes",
+    "working_bytes",
+]
+
 # Rows are held in memory until each shard's append is worth a file operation: about 1 MB a shard, within bounds.
 FLUSH_BYTES_PER_SHARD = 2**20
 FLUSH_BYTES = (64 * 2**20, 2 * 2**30)
+# Shards finished at the same time: while one waits for the disk, the other is permuted and hashed.
+FINISHERS = 2
+CHUNK_BYTES = 4 * 2**20  # a shard is permuted in pieces that stay in the processor's cache
+HARVEST_REMEDY = (
+    "lower data.n_tokens, store half the bytes with harvest.dtype=int8, ask for fewer harvest.hook_names, or train "
+    "with train.stream=live"
+)
+_NAMES = {
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+}
 
 
-class TokenRows(NamedTuple):
-    """Where each activation row comes from."""
-
-    token: Int[Tensor, " row"]
-    role: UInt8[Tensor, " row"]
-    doc: Int[Tensor, " row"]
-    pos: Int[Tensor, " row"]
-
-
-class Shard(NamedTuple):
-    """One shard in memory."""
-
-    acts: dict[str, Float[Tensor, "row d_in"]]
-    tokens: TokenRows
-
-
-@dataclass(frozen=True)
-class StoreInfo:
-    """What `store.json` says."""
-
-    hook_names: list[str]
-    d_in: dict[str, int]
-    dtype: str
-    n_tokens: int
-    shard_rows: list[int]
-    lm_name: str
-    lm_fingerprint: str
-    identity: str
-    checksums: dict[str, str]
-    schema_version: int = SCHEMA_VERSION
-
-    @property
-    def n_bytes(self) -> int:
-        """Bytes of activations, all hook points together."""
-        width = sum(self.d_in.values()) * DTYPES[self.dtype].itemsize
-        return self.n_tokens * width
-
-
-def estimate_bytes(d_in: Mapping[str, int], n_tokens: int, dtype: str) -> int:
-    """Bytes a store of this size takes on disk (activations and token fields)."""
-    fields = sum(np.dtype(kind).itemsize for kind in TOKEN_FIELDS.values())
-    return n_tokens * (sum(d_in.values()) * DTYPES[dtype].itemsize + fields)
-
-
-def check_disk(folder: Path, needed: int) -> None:
-    """Stop before a harvest that cannot fit; what an unfinished harvest in `folder` holds already counts as there.
+def check_disk(folder: Path, needed: int, what: str = "this harvest", remedy: str = HARVEST_REMEDY) -> None:
+    """Stop before writing what cannot fit; what an unfinished harvest in `folder` holds already counts as there.
 
     Raises:
         UserError: the disk that holds `folder` has less than `needed` bytes free.
@@ -94,9 +94,29 @@ def check_disk(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(existing).free + there
     if needed > free:
         raise UserError(
-            f"this harvest would write {needed / 1e9:.1f} GB and {str(folder)!r} has {free / 1e9:.1f} GB free: "
-            "lower data.n_tokens, ask for fewer harvest.hook_names, or train with train.stream=live."
+            f"{what} would write {format_bytes(needed)} and {str(folder)!r} has {format_bytes(free)} free: {remedy}."
         )
+
+
+def disk_bytes(d_in: Mapping[str, int], n_tokens: int, shard_tokens: int, dtype: str) -> int:
+    """The most bytes a harvest takes on disk at any moment: the store, and the parts of the shards being finished."""
+    whole = estimate_bytes(d_in, n_tokens, dtype)
+    return whole + whole * FINISHERS // max(FINISHERS, round(n_tokens / shard_tokens))
+
+
+def working_bytes(d_in: Mapping[str, int], shard_rows: int, n_tokens: int, dtype: str) -> tuple[int, int]:
+    """The most memory a store takes: (while it is written, while it is read).
+
+    Reading maps one shard's files into memory; the system takes back the pages it needs elsewhere.
+    """
+    n_shards = max(1, round(n_tokens / max(1, shard_rows)))
+    writing = 2 * _flush_bytes(n_shards) + FINISHERS * 2 * CHUNK_BYTES
+    return writing, shard_rows * record_bytes(d_in, dtype)
+
+
+def _flush_bytes(n_shards: int) -> int:
+    low, high = FLUSH_BYTES
+    return min(max(low, n_shards * FLUSH_BYTES_PER_SHARD), high)
 
 
 class StoreWriter:
@@ -142,15 +162,13 @@ class StoreWriter:
         self.n_shards = max(1, round(n_tokens / shard_tokens))
         self.next_pass = 0
         """Number of the first forward pass that is not yet safely on disk."""
-        self._widths = {name: width * DTYPES[dtype].itemsize for name, width in self.d_in.items()}
-        self._widths |= {name: np.dtype(kind).itemsize for name, kind in TOKEN_FIELDS.items()}
-        self._record_bytes = sum(self._widths.values())
-        low, high = FLUSH_BYTES
-        self._flush_bytes = min(max(low, self.n_shards * FLUSH_BYTES_PER_SHARD), high)
-        self._held: list[list[bytes]] = [[] for _ in range(self.n_shards)]
+        self._record_bytes = record_bytes(self.d_in, dtype)
+        self._flush_bytes = _flush_bytes(self.n_shards)
+        self._held: list[list[np.ndarray]] = [[] for _ in range(self.n_shards)]
         self._held_bytes = 0
         self._rows = [0] * self.n_shards  # records in the part files
         self._checksums: dict[str, str] = {}  # of the shards that are finished
+        self._channels: dict[str, list[int]] = {}  # int8: kept apart; chosen from the first rows that come
         self._passes_added = 0
         self._resume()
 
@@ -164,10 +182,10 @@ class StoreWriter:
         destination = self._generator(0, self._passes_added).integers(0, self.n_shards, size=len(records))
         order = np.argsort(destination, kind="stable")
         bounds = np.searchsorted(destination[order], np.arange(self.n_shards + 1))
+        grouped = np.take(records, order, axis=0)
         for shard in range(self.n_shards):
-            rows = order[bounds[shard] : bounds[shard + 1]]
-            if len(rows):
-                self._held[shard].append(records[rows].tobytes())
+            if bounds[shard] < bounds[shard + 1]:
+                self._held[shard].append(grouped[bounds[shard] : bounds[shard + 1]])
         self._held_bytes += records.nbytes
         self._passes_added += 1
         if self._held_bytes >= self._flush_bytes:
@@ -181,10 +199,10 @@ class StoreWriter:
             path = self._part(shard)
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("ab") as file:
-                file.writelines(pieces)
+                file.writelines(piece.data for piece in pieces)
                 file.flush()
                 os.fsync(file.fileno())
-            self._rows[shard] += sum(map(len, pieces)) // self._record_bytes
+            self._rows[shard] += sum(map(len, pieces))
         self._held = [[] for _ in range(self.n_shards)]
         self._held_bytes = 0
         self.next_pass = self._passes_added
@@ -194,11 +212,21 @@ class StoreWriter:
         """Permute each shard, write it with its checksum, and complete the store."""
         self.flush()
         assert sum(self._rows) == self.n_tokens, f"{sum(self._rows)} rows came, {self.n_tokens} were announced"
-        for shard in range(self.n_shards):
-            if f"shard-{shard:05d}/tokens.safetensors" not in self._checksums:
-                self._checksums |= self._finish_shard(shard)
-                self._write_journal()
-            self._part(shard).unlink(missing_ok=True)
+        with ThreadPoolExecutor(FINISHERS, "finish-shard") as pool:
+            running: deque[tuple[int, Future[dict[str, str]]]] = deque()
+            try:
+                for shard in range(self.n_shards):
+                    if file_name(shard, TOKENS) in self._checksums:
+                        self._part(shard).unlink(missing_ok=True)
+                        continue
+                    if len(running) == FINISHERS:
+                        self._note_finished(*running.popleft())
+                    running.append((shard, pool.submit(self._finish_shard, shard)))
+                while running:
+                    self._note_finished(*running.popleft())
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
         info = StoreInfo(
             hook_names=list(self.d_in),
             d_in=self.d_in,
@@ -209,6 +237,7 @@ class StoreWriter:
             lm_fingerprint=self.lm_fingerprint,
             identity=self.identity,
             checksums=self._checksums,
+            outlier_channels=self._channels,
         )
         write_json(self.folder / "store.json", info)
         shutil.rmtree(self.folder / "parts", ignore_errors=True)
@@ -218,47 +247,78 @@ class StoreWriter:
     def _records(self, acts: Mapping[str, Tensor], tokens: TokenRows) -> np.ndarray:
         """One row of bytes a token: its activations at every hook point, then its token fields."""
         n_rows = tokens.token.shape[0]
-        columns: list[np.ndarray] = []
+        records = np.empty((n_rows, self._record_bytes), dtype=np.uint8)
+        start = 0
+
+        def put(column: Tensor) -> None:
+            nonlocal start
+            raw = column.cpu().contiguous().view(n_rows, -1).view(torch.uint8).numpy()  # numpy has no bfloat16
+            records[:, start : start + raw.shape[1]] = raw
+            start += raw.shape[1]
+
         for hook_name, width in self.d_in.items():
-            block = acts[hook_name]
+            block = acts[hook_name].detach()
             assert block.shape == (n_rows, width), f"{hook_name}: {tuple(block.shape)}, expected {(n_rows, width)}"
-            stored = block.detach().to(DTYPES[self.dtype])
-            finite = torch.isfinite(stored).all(dim=1)
-            if not finite.all():
-                row = int((~finite).nonzero()[0])
-                raise UserError(
-                    f"{hook_name!r} gives NaN or infinite activations (document {int(tokens.doc[row])}, position "
-                    f"{int(tokens.pos[row])}): use lm.dtype=float32, or harvest.dtype=bfloat16."
-                )
-            columns.append(stored.cpu().contiguous().view(torch.uint8).numpy())  # numpy has no bfloat16: raw bytes
-        for name, kind in TOKEN_FIELDS.items():
-            values = getattr(tokens, name).cpu().numpy().astype(kind)
-            columns.append(values.view(np.uint8).reshape(n_rows, -1))
-        return np.concatenate(columns, axis=1)
+            if not n_rows:
+                continue
+            for stored in self._encode(hook_name, block, tokens):
+                put(stored)
+        if n_rows:
+            for name, column in token_columns().items():
+                put(getattr(tokens, name).to(column.dtype))
+        return records
+
+    def _encode(self, hook_name: str, block: Tensor, tokens: TokenRows) -> tuple[Tensor, ...]:
+        """A hook point's columns, in the order of `layout.columns`."""
+        if self.dtype != "int8":
+            stored = block.to(DTYPES[self.dtype])
+            self._check_finite(hook_name, stored, tokens)
+            return (stored,)
+        self._check_finite(hook_name, block.to(torch.bfloat16), tokens)
+        if hook_name not in self._channels:
+            self._channels[hook_name] = pick_outliers(block)
+        channels = torch.tensor(self._channels[hook_name], dtype=torch.long, device=block.device)
+        return tuple(quantize(block, channels))
+
+    def _check_finite(self, hook_name: str, stored: Tensor, tokens: TokenRows) -> None:
+        # A sum is one pass over memory. It may overflow where no number is infinite, so look closer before refusing.
+        if torch.isfinite(stored.sum(dtype=torch.float32)):
+            return
+        finite = torch.isfinite(stored).all(dim=1)
+        if not finite.all():
+            row = int((~finite).nonzero()[0])
+            raise UserError(
+                f"{hook_name!r} gives NaN or infinite activations (document {int(tokens.doc[row])}, position "
+                f"{int(tokens.pos[row])}): use lm.dtype=float32, or harvest.dtype=bfloat16."
+            )
 
     def _finish_shard(self, shard: int) -> dict[str, str]:
+        """Write a shard's files, permuted; return their checksums by name."""
         n_rows = self._rows[shard]
         path = self._part(shard)
-        raw = np.fromfile(path, dtype=np.uint8) if path.is_file() else np.zeros(0, dtype=np.uint8)
-        records = raw.reshape(n_rows, self._record_bytes)
-        order = self._generator(1, shard).permutation(n_rows)
-        files: dict[str, dict[str, Tensor]] = {"tokens": {}}
-        start = 0
-        for name, width in self._widths.items():
-            column = torch.from_numpy(records[order, start : start + width])
-            if name in self.d_in:
-                acts = column.reshape(-1).view(DTYPES[self.dtype]).view(n_rows, self.d_in[name])
-                files[name] = {"acts": acts}
-            else:
-                kind = torch.int32 if TOKEN_FIELDS[name] is np.int32 else torch.uint8
-                files["tokens"][name] = column.reshape(-1).view(kind)
-            start += width
+        shape = (n_rows, self._record_bytes)
+        # Mapped, not read: only what is being copied is in memory. Mode c, since torch wants memory it could write to.
+        records = np.memmap(path, np.uint8, "c", shape=shape) if n_rows else np.empty(shape, np.uint8)
+        if n_rows:
+            read_ahead(path)
+        order = torch.from_numpy(self._generator(1, shard).permutation(n_rows))
+        files = {name: columns(width, self.dtype) for name, width in self.d_in.items()}
+        files[TOKENS] = token_columns()
         written = {}
-        for name, tensors in files.items():
-            target = self.folder / f"shard-{shard:05d}" / f"{name}.safetensors"
-            write_tensors(target, tensors)
-            written[f"{target.parent.name}/{target.name}"] = sha256_file(target)
+        start = 0
+        for name, held in files.items():
+            file = file_name(shard, name)
+            sources = {}
+            for key, column in held.items():
+                sources[key] = torch.from_numpy(records)[:, start : start + column.n_bytes]
+                start += column.n_bytes
+            written[file] = _write_permuted(self.folder / file, held, sources, order)
         return written
+
+    def _note_finished(self, shard: int, finished: "Future[dict[str, str]]") -> None:
+        self._checksums |= finished.result()
+        self._write_journal()
+        self._part(shard).unlink(missing_ok=True)
 
     def _part(self, shard: int) -> Path:
         return self.folder / "parts" / f"{shard:05d}.bin"
@@ -273,6 +333,7 @@ class StoreWriter:
             "seed": self.seed,
             "n_shards": self.n_shards,
             "n_tokens": self.n_tokens,
+            "record_bytes": self._record_bytes,
             "lm_fingerprint": self.lm_fingerprint,
             "identity": self.identity,
         }
@@ -282,6 +343,7 @@ class StoreWriter:
             "plan": self._plan(),
             "next_pass": self.next_pass,
             "rows": self._rows,
+            "outlier_channels": self._channels,
             "checksums": self._checksums,
         }
         write_json(self.folder / "journal.json", journal)
@@ -301,53 +363,45 @@ class StoreWriter:
             )
         self.next_pass = self._passes_added = journal["next_pass"]
         self._rows = journal["rows"]
+        self._channels = journal["outlier_channels"]
         self._checksums = journal["checksums"]
         for shard in range(self.n_shards):
             if self._part(shard).is_file():  # records past the journal may be half written: cut them off
                 os.truncate(self._part(shard), self._rows[shard] * self._record_bytes)
 
 
-class StoreReader:
-    """A finished store, opened for reading.
+def _write_permuted(target: Path, held: Mapping[str, Column], sources: Mapping[str, Tensor], order: Tensor) -> str:
+    """Write permuted columns as one safetensors file, atomically, without ever holding one whole; return its SHA-256.
 
     Args:
-        folder: the store's folder.
-
-    Raises:
-        UserError: there is no finished store in `folder`.
+        target: the file.
+        held: the tensors, in the order in which they lie in the file.
+        sources: `[row bytes]` of each, in the order they came.
+        order: `[row]`, which of these comes where.
     """
+    n_rows, offset = len(order), 0
+    entries: dict[str, dict[str, object]] = {}
+    for name, column in held.items():
+        end = offset + n_rows * column.n_bytes
+        shape = [n_rows, *column.shape]
+        entries[name] = {"dtype": _NAMES[column.dtype], "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    digest = hashlib.sha256()
+    with atomic_path(target) as temporary, temporary.open("wb") as file:
 
-    def __init__(self, folder: Path | str) -> None:
-        self.folder = Path(folder)
-        path = self.folder / "store.json"
-        if not path.is_file():
-            raise UserError(f"no finished activation store in {str(self.folder)!r}: run `sae harvest` first.")
-        self.info = StoreInfo(**read_json(path))
-        self._verified: set[str] = set()
+        def write(piece: bytes | memoryview) -> None:
+            digest.update(piece)
+            file.write(piece)
 
-    def read_shard(self, shard: int, hook_names: list[str] | None = None) -> Shard:
-        """Read one shard; each file's checksum is verified the first time it is read.
-
-        Raises:
-            UserError: a file is missing, truncated or does not match its checksum, or a hook point is not stored.
-        """
-        names = self.info.hook_names if hook_names is None else hook_names
-        for name in names:
-            if name not in self.info.d_in:
-                raise unknown("hook name", name, self.info.hook_names, "Only harvested hook points can be read.")
-        acts = {name: self._read(f"shard-{shard:05d}/{name}.safetensors")["acts"] for name in names}
-        fields = self._read(f"shard-{shard:05d}/tokens.safetensors")
-        return Shard(acts, TokenRows(**fields))
-
-    def _read(self, name: str) -> dict[str, Tensor]:
-        path = self.folder / name
-        if name not in self._verified:
-            if not path.is_file():
-                raise UserError(f"shard file {str(path)!r} is missing: run `sae harvest` again with force=true.")
-            if sha256_file(path) != self.info.checksums[name]:
-                raise UserError(
-                    f"shard file {str(path)!r} does not match its checksum (truncated or corrupted): "
-                    "run `sae harvest` again with force=true."
-                )
-            self._verified.add(name)
-        return read_tensors(path)
+        write(len(header).to_bytes(8, "little") + header)
+        for name, column in held.items():
+            step = max(1, CHUNK_BYTES // max(1, column.n_bytes))
+            buffer = torch.empty((min(step, n_rows), sources[name].shape[1]), dtype=torch.uint8)
+            for start in range(0, n_rows, step):
+                rows = order[start : start + step]
+                # Into the same buffer each time: fresh memory would cost more than the copying.
+                torch.index_select(sources[name], 0, rows, out=buffer[: len(rows)])
+                write(buffer[: len(rows)].numpy().reshape(-1).data)
+    return digest.hexdigest()

@@ -22,7 +22,7 @@ COLUMNS = [
     "data", "architecture", "d_in", "d_sae", "k", "peer", "n_steps", "fvu_ours", "fvu_peer", "l0_ours", "l0_peer",
 ]  # fmt: skip
 ARCHITECTURES = ("topk", "batch_topk", "jumprelu")
-D_SAE, K, BATCH_TOKENS = 2048, 16, 1024
+D_SAE, K, BATCH_TOKENS = 1024, 16, 1024
 N_TOKENS, N_HELD_OUT = 400_000, 20_000
 DEAD_AFTER_STEPS = 1_000  # SAELens's default, in everybody's units
 TURN = 25  # steps between two signs of life

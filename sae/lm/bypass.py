@@ -2,8 +2,9 @@
 
 TransformerLens puts a wrapper around every module of the Hugging Face model, which doubles the cost of a forward
 for small models and single tokens even where nothing is hooked. `bypass` takes the wrappers out of the parts that
-have no hooks, for the duration of a block, and puts them back. Only wrappers that own no parameters of their own are
-taken out (GPT-2's split attention weights, say, stay), so weight edits made through the bridge are always seen.
+have no hooks, for the duration of a block, and puts them back. A wrapper with parameters of its own is only taken out
+while these are views of the original's (GPT-2's split attention weights), so weight edits made through the bridge are
+always seen. GPT-2's activation function, eight passes over memory, gives way to torch's fused one meanwhile.
 """
 
 import contextlib
@@ -25,9 +26,13 @@ class Section:
         self.wrappers = [module for module in members if _is_wrapper(module)]
         self.own = {id(module): set(module._forward_pre_hooks) for module in self.wrappers}
         self.swaps = _swaps(parent, name, wrapper)
+        self.views = [view for module in self.wrappers for view in _views(module)]
 
     def idle(self) -> bool:
-        """True when no hook of any kind is installed in this part."""
+        """True when no hook of any kind is installed in this part, and its wrappers' weights are the original's."""
+        for holder, name, view, address in self.views:
+            if holder._parameters.get(name) is not view or view.data_ptr() != address:
+                return False
         return not any(point._forward_hooks or point._backward_hooks for point in self.points) and not any(
             module._forward_hooks
             or module._backward_hooks
@@ -46,7 +51,8 @@ def _is_wrapper(module: Any) -> bool:
 def _swaps(parent: nn.Module, name: str, wrapper: Any) -> list[tuple[nn.Module, str, nn.Module, nn.Module]]:
     """(parent, name, wrapper, original) for this wrapper and for all those inside its original."""
     original = wrapper.original_component
-    own = {id(parameter) for parameter in wrapper.parameters()} - {id(p) for p in original.parameters()}
+    stored = {parameter.untyped_storage().data_ptr() for parameter in original.parameters()}
+    own = [view for _, _, view, _ in _views(wrapper) if view.untyped_storage().data_ptr() not in stored - {0}]
     found = [] if own else [(parent, name, wrapper, original)]
     # Inside a wrapper that stays, its children are reached through the original too, so they may go.
     for child_name, child in list(original._modules.items()):
@@ -55,7 +61,23 @@ def _swaps(parent: nn.Module, name: str, wrapper: Any) -> list[tuple[nn.Module, 
     return found
 
 
+def _views(wrapper: Any) -> list[tuple[nn.Module, str, nn.Parameter, int]]:
+    """(holder, name, parameter, address) of a wrapper's parameters that are not the original's own objects."""
+    original = getattr(wrapper, "original_component", None)
+    if original is None:
+        return []
+    known = {id(parameter) for parameter in original.parameters()}
+    return [
+        (holder, name, parameter, parameter.data_ptr())
+        for holder in wrapper.modules()
+        for name, parameter in holder._parameters.items()
+        if parameter is not None and id(parameter) not in known
+    ]
+
+
 def _walk(parent: nn.Module, name: str, module: nn.Module) -> list[tuple[nn.Module, str, nn.Module, nn.Module]]:
+    if type(module).__name__ == "NewGELUActivation":
+        return [(parent, name, module, nn.GELU(approximate="tanh"))]  # the same function, spelt out in tensor products
     if _is_wrapper(module):
         return _swaps(parent, name, module) if getattr(module, "original_component", None) is not None else []
     found = []

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sae.activations.harvest import Corpus, Passes, harvest, load_corpus, prepare, save_corpus
-from sae.activations.store import StoreInfo, StoreReader
+from sae.activations.layout import format_bytes, row_bytes
+from sae.activations.store import StoreInfo, StoreReader, estimate_bytes
 from sae.config import RunConfig
 from sae.errors import UserError
 from sae.files import is_done, lock, sha256_file, sha256_json, write_json, write_manifest
@@ -109,6 +110,8 @@ def _finished(folder: Path, identity: str) -> StoreInfo | None:
 
 
 def _harvest(config: RunConfig, passes: Passes, folder: Path, identity: str) -> StoreInfo:
+    size = format_bytes(estimate_bytes(passes.d_in, passes.n_tokens, config.harvest.dtype))
+    print(f"{folder}: this will write about {size} ({passes.n_tokens:,} tokens, {config.harvest.dtype})", flush=True)
     with Progress(passes.n_tokens, "harvest", unit="tok") as bar:
         return harvest(
             passes,
@@ -122,26 +125,39 @@ def _harvest(config: RunConfig, passes: Passes, folder: Path, identity: str) -> 
 
 
 def _write_result(folder: Path, lm: LanguageModel, info: StoreInfo, held_out_tokens: int, wall_s: float) -> None:
+    on_disk = sum(file.stat().st_size for file in folder.glob("shard-*/*.safetensors"))
     write_json(
         folder / "result.json",
         {
             "schema_version": 1,
             "lm": lm.name,
             "hook_names": info.hook_names,
+            "dtype": info.dtype,
             "n_tokens": info.n_tokens,
             "n_bytes": info.n_bytes,
+            "bytes_on_disk": on_disk,
+            "bytes_per_token": info.bytes_per_token,
             "n_shards": len(info.shard_rows),
             "held_out_tokens": held_out_tokens,
             "wall_s": wall_s,
         },
     )
-    share = 1 / sum(info.d_in.values())
     rows = [
-        {"hook point": name, "d_in": width, "tokens": info.n_tokens, "MB": info.n_bytes / 1e6 * width * share}
+        [
+            name,
+            width,
+            info.n_tokens,
+            info.dtype,
+            row_bytes(width, info.dtype),
+            info.n_tokens * row_bytes(width, info.dtype) / 1e6,
+        ]
         for name, width in info.d_in.items()
     ]
-    print(summary_table(rows, ["hook point", "d_in", "tokens", "MB"]))
-    print(f"{folder}: {info.n_tokens:,} tokens at {len(rows)} hook points in {wall_s:.1f} s")
+    print(summary_table(rows, ["hook point", "d_in", "tokens", "stored as", "bytes/token", "MB"]))
+    print(
+        f"{folder}: {info.n_tokens:,} tokens at {len(rows)} hook points in {wall_s:.1f} s, {format_bytes(on_disk)} on "
+        f"disk ({info.bytes_per_token:,} bytes a token, its fields included)"
+    )
 
 
 def run(config: RunConfig) -> None:

@@ -10,7 +10,10 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from sae.activations.store import StoreReader
+import torch
+
+from sae.activations.prefetch import Prefetch
+from sae.activations.reader import StoreReader
 from sae.activations.stream import ActivationStream, LiveStream, StoreStream
 from sae.config import RunConfig, Stream
 from sae.device import pick_device
@@ -19,7 +22,7 @@ from sae.lm.model import LanguageModel
 from sae.report.log import Sink
 from sae.report.progress import Progress
 from sae.report.terminal import summary_table
-from sae.stages import common
+from sae.stages import common, plan
 from sae.stages.harvest import ensure_store, ensure_tokens, make_passes, store_settings
 from sae.train.checkpoint import latest
 from sae.train.grid import SAESpec, grid
@@ -47,6 +50,18 @@ def open_stream(config: RunConfig, lm: LanguageModel) -> ActivationStream:
     )
 
 
+def _ahead(
+    config: RunConfig, stream: ActivationStream, lm: LanguageModel, device: str
+) -> contextlib.AbstractContextManager[ActivationStream]:
+    """The stream, with batches prepared ahead where that takes nothing from training.
+
+    A language model that runs on the device that trains would only get in its way.
+    """
+    if config.train.stream is Stream.live and torch.device(lm.device).type == torch.device(device).type:
+        return contextlib.nullcontext(stream)
+    return Prefetch(stream, pin=torch.device(device).type == "cuda")
+
+
 def make_settings(config: RunConfig) -> TrainSettings:
     """The trainer's settings."""
     options = config.train
@@ -67,10 +82,16 @@ def make_settings(config: RunConfig) -> TrainSettings:
     )
 
 
+def make_grid(config: RunConfig, lm: LanguageModel) -> list[SAESpec]:
+    """The configured grid."""
+    hook_names = common.pick_hooks(config, lm)
+    return grid(hook_names, config.sae.d_sae, config.sae.architecture, config.sae.l0, config.sae.seed)
+
+
 def ensure_trained(config: RunConfig, lm: LanguageModel) -> list[Path]:
     """Train the grid, or find it trained already. Return the SAEs' folders, in the order of the grid."""
     hook_names = common.pick_hooks(config, lm)
-    specs = grid(hook_names, config.sae.d_sae, config.sae.architecture, config.sae.l0, config.sae.seed)
+    specs = make_grid(config, lm)
     settings = make_settings(config)
     device = pick_device(config.train.device)
     tokens = ensure_tokens(config, lm)
@@ -93,8 +114,9 @@ def ensure_trained(config: RunConfig, lm: LanguageModel) -> list[Path]:
             return paths
         if config.force:
             shutil.rmtree(folder, ignore_errors=True)
-        stream = open_stream(config, lm)
-        result = _train(config, lm, stream, specs, settings, folder, device)
+        plan.check(config, lm, specs, settings)
+        with _ahead(config, open_stream(config, lm), lm, device) as stream:
+            result = _train(config, lm, stream, specs, settings, folder, device)
         _write_result(folder, result)
         write_manifest(folder, "train", depends, inputs)
     return paths
@@ -185,5 +207,9 @@ def _write_result(folder: Path, result: TrainResult) -> None:
 
 
 def run(config: RunConfig) -> None:
-    """Run the stage."""
-    ensure_trained(config, common.open_lm(config.lm))
+    """Run the stage; with `plan=true` only say what it would take."""
+    lm = common.open_lm(config.lm)
+    if config.plan:
+        plan.run(config, lm, make_grid(config, lm), make_settings(config))
+    else:
+        ensure_trained(config, lm)

@@ -193,7 +193,7 @@ def test_the_configuration_surface_is_frozen():
     top = [key for key in keys() if "." not in key]
     assert top == [
         "name", "runs", "lm", "data", "harvest", "sae", "train", "eval", "behavior", "steer", "organism", "log",
-        "bench", "suite", "force", "job",
+        "bench", "suite", "plan", "force", "job",
     ]  # fmt: skip
 
 
@@ -276,3 +276,20 @@ def test_a_real_model_takes_the_demo_without_behaviours_and_the_scratch_run_begi
     assert {entry["d_sae"] for entry in read(run / "result.json")["saes"]} == {48}
     assert sae("demo", "name=mine")[0] == 0
     assert sae("demo", "name=mine", "sae.d_sae=[48]")[0] == 2
+
+
+@pytest.mark.parametrize("stream", ["store", "live"])
+def test_plan_says_what_a_run_takes_and_writes_nothing(sae, stream):
+    status, out, err = sae("train", "plan=true", "name=planned", f"train.stream={stream}")
+    assert status == 0, err
+    assert "peak memory" in out
+    assert "16 steps of 4 SAEs" in out
+    status, _, err = sae("train", "plan=true", "name=planned", f"train.stream={stream}", "sae.d_sae=[500_000_000_000]")
+    assert status == 2
+    assert "fewer or narrower SAEs" in err
+    status, _, err = sae("train", "name=planned", "sae.d_sae=[500_000_000_000]")
+    assert status == 2
+    assert not (sae.folder / "planned" / "harvest").exists(), "nothing is harvested for a grid that cannot fit"
+    status, _, err = sae("train", "plan=true", "name=other", "data.n_tokens=900_000_000_000_000")
+    assert status == 2
+    assert not (sae.folder / "other").exists()
