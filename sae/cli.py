@@ -84,6 +84,8 @@ def _run_hydra(stage: str, given: list[str]) -> None:
         try:
             built = config.build(composed)
             built.job = _job_name()
+            if built.plan and stage != "train":
+                raise UserError(f"plan=true plans training and does nothing for `sae {stage}`: use `sae train`.")
             where = f"{built.job}: " if built.job else ""
             importlib.import_module(STAGES[stage].module).run(built)
             if not built.job and not built.plan:

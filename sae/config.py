@@ -112,6 +112,14 @@ class SAEGridConfig:
     seed: list[int] = field(default_factory=lambda: [0])
 
 
+# What the trainer knows by name (a test keeps these equal to `sae.train.settings`, which this file must not import).
+TRAIN_NAMES = {
+    "encoder_dtype": ("auto", "float32", "bfloat16", "bfloat16_rescored"),
+    "moments": ("float32", "bfloat16", "float8"),
+    "kernels": ("auto", "reference", "torch", "cpp", "triton"),
+}
+
+
 @dataclass
 class TrainConfig:
     """The training loop. Rates and fractions are per SAE; tokens are activations at one hook point."""
@@ -135,6 +143,9 @@ class TrainConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        for name, known in TRAIN_NAMES.items():
+            if getattr(self, name) not in known:
+                raise unknown(f"train.{name}", getattr(self, name), list(known))
         _require(self.batch_tokens >= 2, f"train.batch_tokens={self.batch_tokens} must be at least 2.")
         _require(
             self.total_tokens >= self.batch_tokens,

@@ -35,7 +35,8 @@ def pick_device(name: str) -> str:
 def free_memory(device: str) -> int:
     """Bytes that can still be allocated on a device; on the CPU within the container's limit, where there is one.
 
-    On systems that do not say, half of the machine's memory.
+    What the system keeps of files it has read counts as free, since it gives that up when memory is wanted. On
+    systems that do not say, half of the machine's memory.
     """
     import torch
 
@@ -46,12 +47,38 @@ def free_memory(device: str) -> int:
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return min([free, *_container_free(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
+
+
+def _container_free(membership: Path, root: Path) -> list[int]:
+    """Bytes left under each memory limit that holds for this process (cgroups of version 2 and 1)."""
     try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        return free if limit == "max" else min(free, int(limit) - used)
-    except (OSError, ValueError):
-        return free
+        lines = [line.split(":", 2) for line in membership.read_text().splitlines()]
+    except OSError:
+        return []
+    found = []
+    for _, controllers, name in lines:
+        if controllers not in ("", "memory"):
+            continue
+        old = controllers == "memory"
+        files = ("memory.limit_in_bytes", "memory.usage_in_bytes") if old else ("memory.max", "memory.current")
+        top = root / "memory" if old else root
+        folder = top / name.lstrip("/")
+        for place in (folder, *folder.parents):
+            if not place.is_relative_to(top):
+                break
+            try:
+                limit, used = (int((place / file).read_text()) for file in files)
+                cached = _statistic(place / "memory.stat", "total_cache" if old else "file")
+            except (OSError, ValueError):  # not there, or "max": no limit at this level
+                continue
+            found.append(max(0, limit - used + cached))
+    return found
+
+
+def _statistic(path: Path, name: str) -> int:
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return next((int(line.split()[1]) for line in lines if line.startswith(f"{name} ")), 0)
 
 
 def resident_memory() -> int:

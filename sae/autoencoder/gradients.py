@@ -255,7 +255,8 @@ def reference_loss(
     if dead is not None and auxk.alpha > 0 and sae.sparsity.uses_auxk and bool(dead.any()):
         # No gradient to b_dec: the auxiliary loss is to move dead latents, not the centre.
         dead_pre_acts = (x - sae.b_dec.detach()) @ sae.W_enc[:, dead] + sae.b_enc[dead]
-        aux = loss.auxk(x - recons, dead_pre_acts, sae.W_dec[dead], max(1, auxk.k or sae.config.d_in // 2))
+        k = max(1, sae.config.d_in // 2 if auxk.k is None else auxk.k)
+        aux = loss.auxk(x - recons, dead_pre_acts, sae.W_dec[dead], k)
     return mse + penalty + auxk.alpha * aux, mse, penalty, aux, acts
 
 

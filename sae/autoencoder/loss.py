@@ -47,4 +47,5 @@ def auxk(
     acts = torch.zeros_like(dead_pre_acts).scatter(-1, cols, values.relu())
     variance = (residual - residual.mean(0)).square().sum()
     missed = (residual - acts @ dead_decoder).square().sum()
-    return torch.where(variance > 0, missed / variance, torch.zeros_like(variance))
+    # Where there is no variance the denominator is replaced first: a gradient of 0 * infinity would be NaN.
+    return missed / torch.where(variance > 0, variance, 1.0) * (variance > 0)

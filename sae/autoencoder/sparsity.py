@@ -265,7 +265,7 @@ class BatchTopK(Sparsity):
         if len(found.values) <= n_keep:
             return found
         smallest = _nth_largest(found.values, n_keep)
-        larger, equal = found.values > smallest, found.values == smallest
+        larger, equal = ~(found.values <= smallest), found.values == smallest  # NaN stays, to be seen in the loss
         # A bf16 product is so coarse that a few per cent of a batch can be equal: exactly as many as wanted stay.
         keep = larger | (equal & (equal.cumsum(0) <= n_keep - larger.sum()))
         return Entries(found.rows[keep], found.cols[keep], found.values[keep])

@@ -9,7 +9,9 @@ triton.py     CUDA
     entries = kernels.topk(Projection(centred, w_enc, b_enc), k=32)
 """
 
+import functools
 import importlib.util
+import warnings
 
 import torch
 
@@ -57,9 +59,20 @@ def pick(device: torch.device | str, name: str = "auto") -> Kernels:
             return CppKernels(found.handle)
         if name == "cpp":
             raise UserError(f"train.kernels=cpp cannot be used here: {found.reason}; use train.kernels=auto.")
+        _warn_of_torch(found.reason)
     elif name == "cpp":
         raise UserError(f"train.kernels=cpp runs on the CPU, not on {kind!r}: use auto.")
     return TorchKernels()
+
+
+@functools.cache
+def _warn_of_torch(reason: str) -> None:
+    """Say, once a process, why training will be slower than it could be."""
+    warnings.warn(
+        f"the C++ kernels cannot be used ({reason}), so the slower torch kernels take over on this CPU: "
+        "see to the compiler, or set train.kernels=torch if that is meant.",
+        stacklevel=3,
+    )
 
 
 def pick_precision(device: torch.device | str, name: str = "auto") -> Precision:

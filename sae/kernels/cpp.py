@@ -18,7 +18,7 @@ from sae.kernels.reference import AdamStep, topk_rows
 
 
 class _AdamConstants(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_float) for name in ("rate", "beta1", "beta2", "eps", "correction2", "scale")]
+    _fields_ = [(name, ctypes.c_float) for name in ("rate", "beta2", "rest1", "rest2", "eps", "correction2", "scale")]
 
 
 class CppKernels(TorchKernels):
@@ -37,9 +37,23 @@ class CppKernels(TorchKernels):
         """Measured by `sae bench suite=density`."""
         return 0.35 if precision is Precision.float32 else 0.17
 
+    def topk(self, projection: Projection, k: int) -> Entries:
+        """The k largest pre-activations of each token."""
+        assert 1 <= k <= projection.shape[1]
+        return super().topk(projection, k)
+
+    def above(
+        self, projection: Projection, threshold: Float[Tensor, "*d_sae"], max_density: float = 1.0
+    ) -> Entries | None:
+        """All pre-activations strictly above a threshold."""
+        d_sae = projection.shape[1]
+        assert threshold.numel() in (1, d_sae)
+        # One number in a vector is still one number.
+        return super().above(projection, threshold.reshape(() if threshold.numel() == 1 else d_sae), max_density)
+
     def by_latent(self, index: Index) -> ByLatent:
         """A counting sort."""
-        rows, cols = index.rows.contiguous(), index.cols.contiguous()
+        rows, cols = _int64(index.rows, len(index.cols)), _int64(index.cols, len(index.cols))
         order, tokens = torch.empty_like(cols), torch.empty_like(cols)
         starts = torch.empty(index.d_sae + 1, dtype=torch.int64)
         self._call("by_latent", rows, cols, len(cols), index.d_sae, order, tokens, starts, threads=False)
@@ -53,8 +67,10 @@ class CppKernels(TorchKernels):
         b_dec: Float[Tensor, " d_in"],
     ) -> Float[Tensor, "batch d_in"]:
         """Weighted sum of a few decoder rows a token."""
-        recons = torch.empty(index.batch, w_dec.shape[1])
-        inputs = (acts.contiguous(), index.row_starts, index.cols.contiguous(), w_dec.contiguous(), b_dec.contiguous())
+        n, d_in = len(index.cols), w_dec.shape[1]
+        recons = torch.empty(index.batch, d_in)
+        where = (_int64(index.row_starts, index.batch + 1), _int64(index.cols, n))
+        inputs = (_float32(acts, n), *where, _float32(w_dec, index.d_sae, d_in), _float32(b_dec, d_in))
         self._call("decode", *inputs, *recons.shape, recons)
         return recons
 
@@ -67,8 +83,10 @@ class CppKernels(TorchKernels):
         w_dec: Float[Tensor, "d_sae d_in"],
     ) -> DecodeGrads:
         """Both gradients in one pass, latent by latent."""
-        grads = DecodeGrads(torch.empty(len(acts)), torch.empty(w_dec.shape))
-        inputs = (grad.contiguous(), acts.contiguous(), *groups, w_dec.contiguous())
+        n, d_in = len(index.cols), w_dec.shape[1]
+        grads = DecodeGrads(torch.empty(n), torch.empty(w_dec.shape))
+        vectors, weights = _float32(grad, index.batch, d_in), _float32(acts, n)
+        inputs = (vectors, weights, *_checked(groups, index), _float32(w_dec, index.d_sae, d_in))
         self._call("decode_grads", *inputs, *w_dec.shape, *grads)
         return grads
 
@@ -80,15 +98,18 @@ class CppKernels(TorchKernels):
         centred: Float[Tensor, "batch d_in"],
     ) -> Float[Tensor, "d_sae d_in"]:
         """Weighted sums of inputs, latent by latent."""
-        sums = torch.empty(index.d_sae, centred.shape[1])
-        self._call("sum_per_latent", grad.contiguous(), *groups, centred.contiguous(), *sums.shape, sums)
+        d_in = centred.shape[1]
+        sums = torch.empty(index.d_sae, d_in)
+        weights, vectors = _float32(grad, len(index.cols)), _float32(centred, index.batch, d_in)
+        self._call("sum_per_latent", weights, *_checked(groups, index), vectors, *sums.shape, sums)
         return sums
 
     def row_norms(self, grad: Float[Tensor, "rows d"], unit_rows: Float[Tensor, "rows d"] | None = None) -> RowNorms:
         """Both in one pass over the gradient."""
         squares = torch.empty(len(grad))
         along = None if unit_rows is None else torch.empty(len(grad))
-        self._call("row_norms", grad.contiguous(), unit_rows, *grad.shape, along, squares)
+        units = None if unit_rows is None else _float32(unit_rows, *grad.shape)
+        self._call("row_norms", _float32(grad, *grad.shape), units, *grad.shape, along, squares)
         # Summed by torch, in an order that does not depend on threads.
         return RowNorms(squares.double().sum(), along)
 
@@ -104,7 +125,13 @@ class CppKernels(TorchKernels):
         """Clipping, projection, moments, step and renormalisation in one pass over memory."""
         assert param.is_contiguous()
         constants = _AdamConstants(
-            step.lr / step.correction1, step.beta1, step.beta2, step.eps, step.correction2, float(scale)
+            step.lr / step.correction1,
+            step.beta2,
+            1 - step.beta1,  # here, in double: of a beta rounded to fp32 it would be off by 1e-5
+            1 - step.beta2,
+            step.eps,
+            step.correction2,
+            float(scale),
         )
         state = (moments.exp_avg, moments.exp_avg_sq, moments.exp_avg_scale, moments.exp_avg_sq_scale)
         pointer = ctypes.addressof(constants)
@@ -114,10 +141,10 @@ class CppKernels(TorchKernels):
         self._call("adam", param.detach(), grad.contiguous(), along, *state, *shape)
 
     def _select_topk(self, projection: Projection, k: int) -> Entries:
-        batch = len(projection.centred)
+        batch, d_sae = projection.shape
         cols = torch.empty(batch, k, dtype=torch.int64)
         values = torch.empty(batch, k)
-        bias = projection.b_enc.contiguous()
+        bias = _float32(projection.b_enc, d_sae)
 
         def search(start: int, products: Tensor) -> None:
             stop = start + len(products)
@@ -130,7 +157,9 @@ class CppKernels(TorchKernels):
     def _select_above(
         self, projection: Projection, threshold: Float[Tensor, "*d_sae"], max_density: float
     ) -> Entries | None:
-        bias, bar = projection.b_enc.contiguous(), threshold.detach().float().contiguous()
+        width = projection.shape[1]
+        bias, bar = _float32(projection.b_enc, width), threshold.detach().float().contiguous()
+        assert bar.shape in ((), (width,))
         found: list[Entries] = []
         n_found, too_many = 0, False
 
@@ -168,12 +197,15 @@ class CppKernels(TorchKernels):
     def _rescore(self, projection: Projection, entries: Entries) -> Float[Tensor, " n"]:
         index = Index(entries.rows, entries.cols, *projection.shape)
         dots = torch.empty(len(entries.values))
-        vectors, rows = projection.centred.contiguous(), projection.w_enc.t().contiguous()
-        self._call("entry_dots", vectors, rows, index.row_starts, index.cols.contiguous(), *vectors.shape, dots)
+        (batch, d_in), n = projection.centred.shape, len(dots)
+        vectors, rows = _float32(projection.centred, batch, d_in), _float32(projection.w_enc.t(), index.d_sae, d_in)
+        where = (_int64(index.row_starts, batch + 1), _int64(index.cols, n))
+        self._call("entry_dots", vectors, rows, *where, *vectors.shape, dots)
         return dots.add_(projection.b_enc[entries.cols])
 
     def _call(self, name: str, *arguments: object, threads: bool = True) -> None:
-        converted = [_argument(argument) for argument in arguments]
+        dtypes = _dtypes(name)
+        converted = [_argument(argument, dtypes) for argument in arguments]
         if threads:
             converted.append(ctypes.c_int(torch.get_num_threads()))
         getattr(self._library, name)(*converted)
@@ -183,10 +215,38 @@ def _typed(name: str, products: Tensor) -> str:
     return f"{name}_{'bfloat16' if products.dtype == torch.bfloat16 else 'float'}"
 
 
-def _argument(value: object) -> object:
+def _int64(tensor: Tensor, *shape: int) -> Tensor:
+    """A contiguous tensor of integers as the C interface reads them, which would read wild memory in any other."""
+    assert tensor.dtype == torch.int64, f"int64 is needed, not {tensor.dtype}"
+    assert tensor.shape == shape, f"shape {shape} is needed, not {tuple(tensor.shape)}"
+    return tensor.contiguous()
+
+
+def _float32(tensor: Tensor, *shape: int) -> Tensor:
+    """The same for numbers."""
+    assert tensor.dtype == torch.float32, f"float32 is needed, not {tensor.dtype}"
+    assert tensor.shape == shape, f"shape {shape} is needed, not {tuple(tensor.shape)}"
+    return tensor.contiguous()
+
+
+def _checked(groups: ByLatent, index: Index) -> tuple[Tensor, Tensor, Tensor]:
+    n = len(index.cols)
+    return _int64(groups.order, n), _int64(groups.tokens, n), _int64(groups.starts, index.d_sae + 1)
+
+
+def _dtypes(name: str) -> set[torch.dtype]:
+    """Types of the tensors that a compiled function may be given: narrow ones are products, or Adam's moments."""
+    dtypes = {torch.int64, torch.float32}
+    if name.endswith("_bfloat16"):
+        return dtypes | {torch.bfloat16}
+    return dtypes | {torch.bfloat16, torch.uint8} if name == "adam" else dtypes
+
+
+def _argument(value: object, dtypes: set[torch.dtype]) -> object:
     if isinstance(value, Tensor):
         assert value.is_contiguous()
         assert value.device.type == "cpu"
+        assert value.dtype in dtypes, f"{value.dtype} is not among {dtypes}"
         return ctypes.c_void_p(value.data_ptr())
     if value is None:
         return ctypes.c_void_p(None)

@@ -63,7 +63,7 @@ class TorchKernels(Kernels):
         if found is None:
             return None
         values = self._rescore(projection, found)
-        keep = values > (threshold[found.cols] if threshold.ndim else threshold)
+        keep = ~(values <= (threshold[found.cols] if threshold.ndim else threshold))
         return Entries(found.rows[keep], found.cols[keep], values[keep])
 
     def decode(
@@ -155,7 +155,7 @@ class TorchKernels(Kernels):
         d_sae = projection.w_enc.shape[1]
         rows, cols, values, n = [], [], [], 0
         for start, chunk in self._chunks(projection):
-            row, col = (chunk > threshold).nonzero(as_tuple=True)
+            row, col = (~(chunk <= threshold)).nonzero(as_tuple=True)
             n += len(row)
             if n > max_density * (start + len(chunk)) * d_sae:
                 return None

@@ -267,7 +267,7 @@ inline uint32_t encode8(float magnitude, float scale, uint32_t noise) {
 }
 
 struct AdamConstants {
-    float rate, beta1, beta2, eps, correction2, scale;
+    float rate, beta2, rest1, rest2, eps, correction2, scale;  // rest = 1 - beta
 };
 
 }  // namespace
@@ -448,8 +448,8 @@ void adam(float* param, const float* grad, const float* along, void* exp_avg, vo
 #pragma omp simd reduction(+ : norm)
             for (int64_t i = 0; i < d; i++) {
                 const float gradient = (g[i] - out * p[i]) * c.scale;
-                const float first = m[i] + (1 - c.beta1) * (gradient - m[i]);
-                const float second = c.beta2 * v[i] + (1 - c.beta2) * gradient * gradient;
+                const float first = m[i] + c.rest1 * (gradient - m[i]);
+                const float second = c.beta2 * v[i] + c.rest2 * gradient * gradient;
                 m[i] = first;
                 v[i] = second;
                 const float moved = p[i] - c.rate * (first / (std::sqrt(second / c.correction2) + c.eps));

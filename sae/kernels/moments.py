@@ -2,8 +2,8 @@
 
 A moment that moves by 0.1% a step (beta2 = 0.999) cannot move at all in a format whose numbers are 0.4% apart, if it
 is rounded to nearest. Rounding up or down at random, with the probability that keeps the mean, lets it follow. The
-random bits are a hash of (seed, step, element), so a step gives the same result on any machine, in any order, in any
-number of threads: kernels compute the very same hash.
+random bits are a hash of (seed, step, element), the very same in all kernels: they do not depend on the order of work,
+on the number of threads, or on what else draws random numbers.
 
 8-bit moments are minifloats times a scale per row (the row's largest value):
     exp_avg      sign, 4 bits of exponent, 3 of mantissa   (values down to 2^-15 of the row's largest)
@@ -72,22 +72,40 @@ class Moments:
             )
         return self.exp_avg.float(), self.exp_avg_sq.float()
 
-    def write(self, exp_avg: Float[Tensor, "rows d"], exp_avg_sq: Float[Tensor, "rows d"], seed: int) -> None:
-        """Store both moments; `seed` (of this step) decides the rounding."""
+    def part(self, start: int, stop: int) -> "Moments":
+        """The same moments, of some of the rows."""
+        scales = (
+            scale if scale is None else scale[start:stop] for scale in (self.exp_avg_scale, self.exp_avg_sq_scale)
+        )
+        return Moments(self.kind, self.exp_avg[start:stop], self.exp_avg_sq[start:stop], *scales)
+
+    def write(
+        self, exp_avg: Float[Tensor, "rows d"], exp_avg_sq: Float[Tensor, "rows d"], seed: int, first: int = 0
+    ) -> None:
+        """Store both moments.
+
+        Args:
+            exp_avg: the first moment, fp32.
+            exp_avg_sq: the second.
+            seed: of this step; decides the rounding.
+            first: number of the first element in its matrix, where these are some of its rows.
+        """
         if self.kind == "float32":
             self.exp_avg.copy_(exp_avg)
             self.exp_avg_sq.copy_(exp_avg_sq)
         elif self.kind == "bfloat16":
-            self.exp_avg.copy_(round_bfloat16(exp_avg, random_bits(exp_avg, seed)))
-            self.exp_avg_sq.copy_(round_bfloat16(exp_avg_sq, random_bits(exp_avg_sq, seed + 1)))
+            self.exp_avg.copy_(round_bfloat16(exp_avg, random_bits(exp_avg, seed, first)))
+            self.exp_avg_sq.copy_(round_bfloat16(exp_avg_sq, random_bits(exp_avg_sq, seed + 1, first)))
         else:
             assert self.exp_avg_scale is not None
             assert self.exp_avg_sq_scale is not None
             self.exp_avg_scale.copy_(exp_avg.abs().amax(1))
             self.exp_avg_sq_scale.copy_(exp_avg_sq.amax(1))
             bits = EXPONENT_BITS["exp_avg"]
-            self.exp_avg.copy_(encode8(exp_avg, self.exp_avg_scale, bits, random_bits(exp_avg, seed), signed=True))
-            bits, noise = EXPONENT_BITS["exp_avg_sq"], random_bits(exp_avg_sq, seed + 1)
+            self.exp_avg.copy_(
+                encode8(exp_avg, self.exp_avg_scale, bits, random_bits(exp_avg, seed, first), signed=True)
+            )
+            bits, noise = EXPONENT_BITS["exp_avg_sq"], random_bits(exp_avg_sq, seed + 1, first)
             self.exp_avg_sq.copy_(encode8(exp_avg_sq, self.exp_avg_sq_scale, bits, noise, signed=False))
 
 
@@ -104,9 +122,12 @@ def mix(value: int) -> int:
     return value ^ (value >> 16)
 
 
-def random_bits(like: Tensor, seed: int) -> Int[Tensor, "rows d"]:
-    """32 hashed bits for each element of a matrix: `mix(mix(seed) + index)`, index row-major (int64, 0 to 2^32 - 1)."""
-    value = (torch.arange(like.numel(), device=like.device) + mix(seed)) & _MASK
+def random_bits(like: Tensor, seed: int, first: int = 0) -> Int[Tensor, "rows d"]:
+    """32 hashed bits for each element of a matrix: `mix(mix(seed) + index)`, index row-major (int64, 0 to 2^32 - 1).
+
+    `first` is the index of the first element.
+    """
+    value = (torch.arange(first, first + like.numel(), device=like.device) + mix(seed)) & _MASK
     value = ((value ^ (value >> 16)) * 0x7FEB352D) & _MASK
     value = ((value ^ (value >> 15)) * 0x846CA68B) & _MASK
     return (value ^ (value >> 16)).view(like.shape)

@@ -12,13 +12,17 @@ from torch import Tensor
 
 
 class Precision(enum.Enum):
-    """How the encoder matmul is computed. Weights, gradients and everything else are fp32."""
+    """How the encoder product is computed, and the matmuls of dense paths where these are taken.
+
+    Weights, sums over entries, gradients as they are stored, thresholds and the loss are fp32.
+    """
 
     float32 = "float32"
     bfloat16 = "bfloat16"
     """bf16 operands, fp32 accumulation, bf16 result."""
     bfloat16_rescored = "bfloat16_rescored"
-    """Candidates from the bf16 product; their values, and the final choice, from fp32 dot products."""
+    """Candidates from the bf16 product; their values, and the final choice, from fp32 dot products. A dense path knows
+    no candidates: it is bf16 there."""
 
     @property
     def dtype(self) -> torch.dtype:

@@ -13,6 +13,9 @@ from torch import Tensor
 from sae.kernels.moments import Moments, step_seed
 from sae.kernels.operands import ByLatent, DecodeGrads, Entries, Index, Precision, Projection, RowNorms, run_starts
 
+ADAM_ELEMENTS = 2**18
+"""Elements of a matrix that Adam works on at a time."""
+
 
 @dataclass(frozen=True)
 class AdamStep:
@@ -57,7 +60,7 @@ class Kernels:
     def above(
         self, projection: Projection, threshold: Float[Tensor, "*d_sae"], max_density: float = 1.0
     ) -> Entries | None:
-        """All pre-activations strictly above a threshold.
+        """All pre-activations strictly above a threshold, and those that are not a number, so that they are seen.
 
         Args:
             projection: the encoder product.
@@ -65,7 +68,7 @@ class Kernels:
             max_density: give up, and return None, once a larger part than this of the matrix is above.
         """
         pre_acts = self.pre_acts(projection)
-        rows, cols = (pre_acts > threshold).nonzero(as_tuple=True)
+        rows, cols = (~(pre_acts <= threshold)).nonzero(as_tuple=True)
         if len(rows) > max_density * pre_acts.numel():
             return None
         return Entries(rows, cols, pre_acts[rows, cols])
@@ -146,17 +149,29 @@ class Kernels:
             along: take these components along the parameter's rows out of the gradient first, and restore the
                 rows to norm 1 after the step.
         """
-        if along is not None:
-            grad = grad - along[:, None] * param
-        grad = grad * scale
-        exp_avg, exp_avg_sq = moments.read()
-        exp_avg = exp_avg.lerp(grad, 1 - step.beta1)
-        exp_avg_sq = (step.beta2 * exp_avg_sq).addcmul(grad, grad, value=1 - step.beta2)
-        denominator = (exp_avg_sq / step.correction2).sqrt_().add_(step.eps)
-        param.addcdiv_(exp_avg, denominator, value=-step.lr / step.correction1)
-        if along is not None:
-            param.div_(param.norm(dim=1, keepdim=True).clamp(min=1e-12))
-        moments.write(exp_avg, exp_avg_sq, step_seed(step.seed, step.step))
+        n_rows = max(1, ADAM_ELEMENTS // max(1, param.shape[1]))
+        for start in range(0, len(param), n_rows):  # compressed moments take several times their size when opened
+            rows = slice(start, start + n_rows)
+            part = None if along is None else along[rows]
+            first = start * param.shape[1]
+            _adam_rows(param[rows], grad[rows], moments.part(start, start + n_rows), step, scale, part, first)
+
+
+def _adam_rows(
+    param: Tensor, grad: Tensor, moments: Moments, step: AdamStep, scale: Tensor, along: Tensor | None, first: int
+) -> None:
+    """`Kernels.adam` for some rows of a matrix, the first of whose elements has number `first` in it."""
+    if along is not None:
+        grad = grad - along[:, None] * param
+    grad = grad * scale
+    exp_avg, exp_avg_sq = moments.read()
+    exp_avg = exp_avg.lerp(grad, 1 - step.beta1)
+    exp_avg_sq = (step.beta2 * exp_avg_sq).addcmul(grad, grad, value=1 - step.beta2)
+    denominator = (exp_avg_sq / step.correction2).sqrt_().add_(step.eps)
+    param.addcdiv_(exp_avg, denominator, value=-step.lr / step.correction1)
+    if along is not None:
+        param.div_(param.norm(dim=1, keepdim=True).clamp(min=1e-12))
+    moments.write(exp_avg, exp_avg_sq, step_seed(step.seed, step.step), first)
 
 
 def topk_rows(batch: int, k: int, device: torch.device) -> Tensor:

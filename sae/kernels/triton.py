@@ -101,7 +101,7 @@ class TritonKernels(Kernels):
         if found is None:
             return None
         values = _score(projection, found.rows, found.cols)
-        keep = (values > (threshold[found.cols] if threshold.ndim else threshold)).nonzero().squeeze(1)
+        keep = (~(values <= (threshold[found.cols] if threshold.ndim else threshold))).nonzero().squeeze(1)
         if len(keep) > max_density * projection.shape[0] * projection.shape[1]:
             return None
         return Entries(found.rows[keep], found.cols[keep], values[keep])
@@ -806,7 +806,7 @@ def _above_bits(
     WORDS: tl.constexpr,
     ROWS: tl.constexpr,
 ) -> None:
-    """Bits of the values that are above the threshold, of some columns and a few rows."""
+    """Bits of the values that are above the threshold, or no number, of some columns and a few rows."""
     first = tl.program_id(0).to(tl.int64) * ROWS
     word = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
     col = word[:, None] * 32 + tl.arange(0, 32)[None, :]
@@ -818,7 +818,7 @@ def _above_bits(
         row = first + i
         there = col < tl.where(row < rows, d_sae, 0)
         value = tl.load((products + row * d_sae) + col, mask=there, other=0.0).to(tl.float32) + added
-        found = tl.sum(tl.where(there & (value > bound), bit, 0), axis=1)
+        found = tl.sum(tl.where(there & ((value > bound) | (value != value)), bit, 0), axis=1)
         tl.store((words + row * n_words) + word, found, mask=word < tl.where(row < rows, n_words, 0))
 
 

@@ -19,6 +19,10 @@ from sae.report.progress import Progress
 
 ORGANISM = "organism"
 MANIFEST = "manifest.json"
+OTHER_SETTINGS = (
+    "{folder!r} was made with other settings, text or model: choose another name=, repeat the settings it was made "
+    "with, or replace it with force=true."
+)
 HASHED_BYTES = 2**30  # larger data files are identified by size and time of change
 
 
@@ -97,10 +101,7 @@ def skip(config: RunConfig, folder: Path, settings: Any, inputs: dict[str, str],
         print(f"{folder}: done before with these settings, kept (force=true does it again)")
         return True
     if not replace and not config.force and (folder / MANIFEST).is_file():
-        raise UserError(
-            f"{str(folder)!r} was made with other settings, text or model: choose another name=, repeat the settings "
-            "it was made with, or replace it with force=true."
-        )
+        raise UserError(OTHER_SETTINGS.format(folder=str(folder)))
     (folder / MANIFEST).unlink(missing_ok=True)
     return False
 

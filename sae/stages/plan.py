@@ -20,10 +20,13 @@ from sae.activations.reader import StoreReader
 from sae.activations.store import check_disk, disk_bytes, working_bytes
 from sae.config import RunConfig, Stream
 from sae.device import free_memory, pick_device, resident_memory
+from sae.errors import UserError
+from sae.files import read_json, sha256_json
 from sae.kernels import pick, pick_precision
 from sae.lm.model import LanguageModel
 from sae.report.terminal import summary_table
 from sae.stages import common
+from sae.stages.harvest import store_settings
 from sae.train import plan as training
 from sae.train.grid import SAESpec
 from sae.train.initialise import input_stats
@@ -55,8 +58,16 @@ class Pass(NamedTuple):
     """Bytes it held when the pass was over."""
 
 
-def check(config: RunConfig, lm: LanguageModel, specs: list[SAESpec], settings: TrainSettings) -> training.Plan:
-    """Refuse a grid that cannot fit into memory or onto the disk.
+class Checked(NamedTuple):
+    """What follows from the shapes."""
+
+    training: training.Plan
+    store_bytes: int
+    """Most on disk while the store is written; 0 when there is none to write."""
+
+
+def check(config: RunConfig, lm: LanguageModel, specs: list[SAESpec], settings: TrainSettings) -> Checked:
+    """Refuse a run that cannot fit into memory or, store and SAEs together, onto the disk.
 
     Raises:
         UserError: with the setting to change.
@@ -64,8 +75,17 @@ def check(config: RunConfig, lm: LanguageModel, specs: list[SAESpec], settings: 
     device = pick_device(config.train.device)
     found = _plan(lm, specs, settings, device)
     training.check_memory(found, free_memory(device), _place(device))
-    check_disk(config.folder / "train", found.disk, "these SAEs and their checkpoints", training.DISK_REMEDY)
-    return found
+    store = config.folder / "harvest"
+    if config.train.stream is Stream.live or (store / "store.json").is_file():
+        check_disk(config.folder / "train", found.disk, "this training", training.DISK_REMEDY)
+        return Checked(found, 0)
+    d_in = {name: lm.d_in(name) for name in common.pick_hooks(config, lm)}
+    harvest = config.harvest
+    store_bytes = disk_bytes(d_in, config.data.n_tokens, harvest.shard_tokens, harvest.dtype)
+    if store_bytes > found.disk:  # say what would help most
+        check_disk(store, store_bytes + found.disk)
+    check_disk(store, store_bytes + found.disk, "this harvest and training", training.DISK_REMEDY)
+    return Checked(found, store_bytes)
 
 
 def run(config: RunConfig, lm: LanguageModel, specs: list[SAESpec], settings: TrainSettings) -> Estimate:
@@ -75,7 +95,8 @@ def run(config: RunConfig, lm: LanguageModel, specs: list[SAESpec], settings: Tr
         UserError: it cannot fit.
     """
     device = pick_device(config.train.device)
-    planned = check(config, lm, specs, settings)
+    _check_kept(config, lm)
+    planned, store_bytes = check(config, lm, specs, settings)
     hook_names = common.pick_hooks(config, lm)
     d_in = {name: lm.d_in(name) for name in hook_names}
     n_tokens = config.data.n_tokens
@@ -83,9 +104,6 @@ def run(config: RunConfig, lm: LanguageModel, specs: list[SAESpec], settings: Tr
     stored = (store / "store.json").is_file()
     live = config.train.stream is Stream.live
     shard_tokens, dtype = config.harvest.shard_tokens, config.harvest.dtype
-    store_bytes = 0 if live or stored else disk_bytes(d_in, n_tokens, shard_tokens, dtype)
-    if store_bytes:
-        check_disk(store, store_bytes)
     measured = _measure_pass(config, lm, hook_names)
     if live:
         window = config.train.live_buffer_tokens * sum(d_in.values()) * lm.dtype.itemsize * 2
@@ -106,6 +124,19 @@ def run(config: RunConfig, lm: LanguageModel, specs: list[SAESpec], settings: Tr
     found = Estimate(memory, store_bytes + planned.disk, harvest_s, train_s)
     _print(config, found, planned, device, len(specs), settings, measured.tokens_per_second)
     return found
+
+
+def _check_kept(config: RunConfig, lm: LanguageModel) -> None:
+    """Refuse what the run itself would refuse: tokens or a store of other settings under this name.
+
+    Raises:
+        UserError: with the remedy.
+    """
+    wanted = {"tokens": {"data": config.data}, "harvest": store_settings(config, common.pick_hooks(config, lm))}
+    for stage, settings in wanted.items():
+        path = config.folder / stage / common.MANIFEST
+        if path.is_file() and not config.force and read_json(path)["config_hash"] != sha256_json(settings):
+            raise UserError(common.OTHER_SETTINGS.format(folder=str(path.parent)))
 
 
 def _plan(lm: LanguageModel, specs: list[SAESpec], settings: TrainSettings, device: str) -> training.Plan:
@@ -177,7 +208,8 @@ def _measure_steps(config: RunConfig, specs: list[SAESpec], settings: TrainSetti
             times = []
             for step in range(1 + TIMED_STEPS):
                 start = time.perf_counter()
-                float(run.train_step(batch, step).grad_norm)  # reading it waits for the device
+                # Reading the norm waits for the device. A short run has no later step to ask the schedule for.
+                float(run.train_step(batch, min(step, settings.n_steps - 1)).grad_norm)
                 times.append(time.perf_counter() - start)
             seconds[kind] = sorted(times[1:])[TIMED_STEPS // 2]
         total += seconds[kind] * settings.n_steps

@@ -24,7 +24,7 @@ def lr_factor(step: int, n_steps: int, warmup_steps: int, decay_fraction: float)
     """Share of the peak learning rate at a step: linear warm-up, constant, linear decay to 0 at the end."""
     warmup = (step + 1) / warmup_steps if step < warmup_steps else 1.0
     decay_steps = int(decay_fraction * n_steps)
-    decay = (n_steps - step) / decay_steps if step >= n_steps - decay_steps else 1.0
+    decay = (n_steps - step) / decay_steps if decay_steps and step >= n_steps - decay_steps else 1.0
     return min(warmup, decay, 1.0)
 
 
@@ -65,7 +65,9 @@ class Optimiser:
         return dict(self.sae.named_parameters())
 
     def _part(self, name: str, number: int) -> _Part:
-        rows = _as_rows(name, self._named()[name].detach())
+        parameter = self._named()[name].detach()
+        rows = _as_rows(name, parameter)
+        assert rows.data_ptr() == parameter.data_ptr(), f"{name} does not lie in memory as SAE made it"
         is_matrix = name in ("W_enc", "W_dec")
         # Biases and thresholds are lengths in a space where inputs have norm sqrt(d_in); the recipes' learning rates
         # are for inputs of norm 1. Adam's steps have the size of the learning rate, so it must grow with the unit.

@@ -24,10 +24,15 @@ DISK_REMEDY = "use fewer or narrower SAEs (sae.d_sae, harvest.hook_names), or tr
 ENTRY_BYTES = 72
 """Of one selected entry while a step runs: position and value twice over (by token and by latent), activation and
 its gradients."""
-NEAR = 1.5
+NEAR = 2.0
 """Entries looked at per active latent, where a threshold's neighbourhood is looked at too (jumprelu, batch_topk)."""
 START_BYTES = 16
 """Of one pre-activation while its order statistic is found."""
+DEAD_SHARE = 0.1
+"""Part of the latents that is taken to be dead at a time, once training lasts long enough for any to be. While more
+are, a step takes more memory than estimated: copies of their rows, and their gradients."""
+DENSE_FROM = 0.15
+"""Target density above which jumprelu is taken to go the dense way; kernels differ."""
 DENSE_COPIES = 6
 """[batch d_sae] fp32 matrices alive at once on the dense path."""
 
@@ -97,8 +102,9 @@ def _step(spec: SAESpec, d_in: int, settings: TrainSettings, kernels: str, preci
     search = d_sae * d_in * (precision.dtype.itemsize if low else 0)
     row_bytes = d_sae * precision.dtype.itemsize
     chunk = min(batch * row_bytes, max(CHUNK_BYTES, CHUNK_ROWS * row_bytes))
-    entries = int(ENTRY_BYTES * NEAR * spec.l0 * batch)
-    matrix = 4 * batch * d_sae * DENSE_COPIES if _may_be_dense(spec) else 0
+    near = 1.0 if spec.architecture == "topk" else NEAR
+    entries = int(ENTRY_BYTES * near * spec.l0 * batch)
+    matrix = 4 * batch * d_sae * DENSE_COPIES if _may_be_dense(spec) else _auxk(spec, d_in, settings)
     # The search is over before the first gradient is made, but allocators keep what it took for the next one.
     return gradients, tokens + search + chunk + entries + matrix
 
@@ -113,7 +119,17 @@ def _start(spec: SAESpec, d_in: int) -> int:
 def _may_be_dense(spec: SAESpec) -> bool:
     """Architectures that start dense, or know no sparse path."""
     architecture = find_architecture(spec.architecture)
-    return spec.architecture == "relu" or architecture.select is Sparsity.select
+    many = spec.architecture == "jumprelu" and spec.l0 > DENSE_FROM * spec.d_sae
+    return spec.architecture == "relu" or many or architecture.select is Sparsity.select
+
+
+def _auxk(spec: SAESpec, d_in: int, settings: TrainSettings) -> int:
+    """Working space of the auxiliary loss: rows of dead latents, their gradients, and their pre-activations."""
+    possible = settings.total_tokens > settings.dead_after_tokens and settings.auxk_alpha > 0
+    if not possible or not find_architecture(spec.architecture).uses_auxk:
+        return 0
+    n_dead = int(DEAD_SHARE * spec.d_sae)
+    return 4 * n_dead * (4 * d_in + 3 * settings.batch_tokens)
 
 
 def check_memory(plan: Plan, available: int, what: str) -> None:

@@ -82,6 +82,8 @@ class TrainSettings:
                 raise UserError(
                     f"{name} = {getattr(self, name)} is negative or not finite: use 0 or more, or leave it out."
                 )
+        if self.k_aux == 0:
+            raise UserError("k_aux = 0 revives nothing: use 1 or more, or auxk_alpha = 0 to switch it off.")
         for name in ("bandwidth", "l1_init"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"{name} = {getattr(self, name)} is not above 0: raise it.")

@@ -103,7 +103,8 @@ def train(
     """
     folder, device = Path(folder), torch.device(device)
     _check(stream, specs, settings)
-    kernels, precision = pick(device, settings.kernels), pick_precision(device, settings.encoder_dtype)
+    kernels = pick(device, settings.kernels)
+    precision = pick_precision(device, _begun_with(folder, settings) or settings.encoder_dtype)
     # What "auto" came to is part of the run's identity: another precision would give other weights.
     settings = dataclasses.replace(settings, encoder_dtype=precision.value)
     identity = _identity(stream, specs, settings, lm_name, lm_fingerprint)
@@ -166,6 +167,19 @@ def train(
                 progress(step, settings.n_steps)
 
         return _finish(folder, runs, settings, identity, seconds_before + time.monotonic() - start)
+
+
+def _begun_with(folder: Path, settings: TrainSettings) -> str | None:
+    """What "auto" came to when the run in this folder was begun, maybe on another machine; None where none was."""
+    if settings.encoder_dtype != "auto":
+        return None
+    if (folder / TRAINED_FILE).is_file():
+        found = files.read_json(folder / TRAINED_FILE)["settings"]
+    else:
+        newest = checkpoint.latest(folder / CHECKPOINTS)
+        found = {} if newest is None else files.read_json(newest / checkpoint.STATE_FILE)
+    value = found.get("encoder_dtype")
+    return None if value == "auto" else value
 
 
 def _check(stream: Stream, specs: list[SAESpec], settings: TrainSettings) -> None:
@@ -262,6 +276,7 @@ def _save_checkpoint(
         "stream": stream.state_dict(),
         "python_rng": python_rng,
         "kernels": runs[0].kernels.name,
+        "encoder_dtype": runs[0].precision.value,
     }
     tensors = {f"sae-{index:04d}": run.state_tensors() for index, run in enumerate(runs)}
     return checkpoint.save(folder / CHECKPOINTS, step, state, {**tensors, "rng": torch_rng})

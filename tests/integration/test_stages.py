@@ -290,6 +290,12 @@ def test_plan_says_what_a_run_takes_and_writes_nothing(sae, stream):
     status, _, err = sae("train", "name=planned", "sae.d_sae=[500_000_000_000]")
     assert status == 2
     assert not (sae.folder / "planned" / "harvest").exists(), "nothing is harvested for a grid that cannot fit"
+    status, out, err = sae("train", "plan=true", "name=short", "train.total_tokens=256")
+    assert status == 0, err
+    assert "1 steps of 4 SAEs" in out
+    status, _, err = sae("eval", "plan=true")
+    assert status == 2
+    assert "use `sae train`" in err
     status, _, err = sae("train", "plan=true", "name=other", "data.n_tokens=900_000_000_000_000")
     assert status == 2
     assert not (sae.folder / "other").exists()

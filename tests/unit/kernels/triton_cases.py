@@ -112,12 +112,14 @@ def test_topk_orders_all_floats(values, data):
 
 @pytest.mark.parametrize("precision", list(Precision))
 @pytest.mark.parametrize("place", ["centred", "w_enc", "b_enc"])
-def test_topk_shows_nan(precision, place):
+def test_nan_is_shown(precision, place):
     projection = make_projection(3, 4, 50, precision)
     tensor = getattr(projection, place).clone()
     tensor.select(tensor.ndim - 1, 2).fill_(torch.nan)
-    values = TRITON.topk(projection._replace(**{place: tensor}), 3).values
-    assert values.view(3, 3).isnan().any(1).all()
+    spoilt = projection._replace(**{place: tensor})
+    assert TRITON.topk(spoilt, 3).values.view(3, 3).isnan().any(1).all()
+    above = TRITON.above(spoilt, torch.tensor(0.5))
+    assert above.rows[above.values.isnan()].unique().tolist() == [0, 1, 2]
 
 
 def test_topk_falls_back_when_rows_are_too_long(monkeypatch):

@@ -6,11 +6,15 @@ import sys
 
 import pytest
 
+from sae.config import TRAIN_NAMES
+from sae.device import _container_free, free_memory
 from sae.errors import UserError
+from sae.kernels import NAMES as KERNELS
+from sae.kernels.moments import KINDS as MOMENTS
 from sae.kernels.operands import Precision
 from sae.train.grid import SAESpec
 from sae.train.plan import check_memory, plan
-from sae.train.settings import TrainSettings
+from sae.train.settings import ENCODER_DTYPES, TrainSettings
 
 MEASURE = """
 import json, sys, tempfile
@@ -57,6 +61,7 @@ print(json.dumps([before + found.memory, peak]))
         ("jumprelu", 512, 16384, 1024, "auto", "float32"),
         ("relu", 256, 4096, 4096, "torch", "float32"),
         ("topk", 256, 8192, 1024, "reference", "float32"),
+        ("topk", 512, 16384, 1024, "torch", "float8"),
     ],
 )
 def test_estimate_is_within_15_percent_of_the_peak(case):
@@ -88,3 +93,26 @@ def test_what_cannot_fit_is_refused_with_what_would_help():
     wide = planned(batch_tokens=2**20, moments="float8")
     with pytest.raises(UserError, match=r"train.batch_tokens"):
         check_memory(wide, wide.memory - wide.batch // 2, "this machine")
+
+
+def test_configuration_and_settings_know_the_same_names():
+    assert TRAIN_NAMES == {"encoder_dtype": ENCODER_DTYPES, "moments": MOMENTS, "kernels": KERNELS}
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_free_memory_sees_the_containers_limit_and_not_the_file_cache(tmp_path, version):
+    gigabyte = 2**30
+    old = version == 1
+    (tmp_path / "cgroup").write_text("7:memory:/job/1\n3:cpu:/job\n" if old else "0::/job/1\n")
+    top = tmp_path / "fs" / ("memory" if old else "")
+    names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if old else ("memory.max", "memory.current")
+    for folder, limit, used, cached in (("job", 8, 5, 4), ("job/1", None, 3, 0)):
+        (top / folder).mkdir(parents=True, exist_ok=True)
+        (top / folder / names[0]).write_text("max" if limit is None else str(limit * gigabyte))
+        (top / folder / names[1]).write_text(str(used * gigabyte))
+        (top / folder / "memory.stat").write_text(
+            f"anon 1\nfile {cached * gigabyte}\ntotal_cache {cached * gigabyte}\n"
+        )
+    assert _container_free(tmp_path / "cgroup", tmp_path / "fs") == [7 * gigabyte]
+    assert _container_free(tmp_path / "missing", tmp_path / "fs") == []
+    assert free_memory("cpu") > 0

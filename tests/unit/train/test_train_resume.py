@@ -95,6 +95,19 @@ class Keep:
         self.found.append((step, dict(metrics)))
 
 
+def test_a_run_goes_on_in_the_precision_it_was_begun_with(tmp_path, monkeypatch):
+    """What "auto" means depends on the machine; a run that moves keeps what it meant at first."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    explicit = replace(SETTINGS, encoder_dtype="bfloat16")
+    run(whole, settings=explicit)
+    with pytest.raises(Stop):
+        run(cut, settings=explicit, progress=stop_after(10))
+    monkeypatch.setattr("sae.kernels._cpu_multiplies_bfloat16", lambda: False)
+    run(cut)
+    assert_same(weights(cut), weights(whole))
+    assert run(cut).n_steps == N_STEPS, "a finished run is found again, too"
+
+
 @pytest.mark.parametrize("moments", ["bfloat16", "float8"])
 def test_resume_carries_compressed_moments(moments, tmp_path):
     settings = replace(SETTINGS, moments=moments)
@@ -141,9 +154,6 @@ def test_resume_carries_the_random_state(tmp_path, monkeypatch):
 
         def activate(self, pre_acts, cols):
             return super().activate(pre_acts + 0.01 * torch.randn_like(pre_acts), cols)
-
-        def support(self, pre_acts):
-            return None
 
     monkeypatch.setitem(ARCHITECTURES, "noisy", Noisy)
     specs = grid([HOOK], [24], ["noisy"], [4], [0])
