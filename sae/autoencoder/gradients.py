@@ -24,7 +24,7 @@ from torch import Tensor
 from sae.autoencoder import loss
 from sae.autoencoder.sae import SAE
 from sae.autoencoder.sparsity import Active, BatchStats
-from sae.kernels.operands import Entries, Index, Precision, Projection
+from sae.kernels.operands import Entries, Index, Precision, Projection, Workspace
 from sae.kernels.reference import Kernels
 
 AUXK_DENSE_RATIO = 24
@@ -71,6 +71,7 @@ def loss_and_gradients(
     precision: Precision = Precision.float32,
     auxk: AuxK = AuxK(),  # noqa: B008 - immutable
     x_variance: Tensor | None = None,
+    workspace: Workspace | None = None,
 ) -> TrainingLoss:
     """Compute the loss of a batch and set `.grad` of every parameter of the SAE.
 
@@ -83,6 +84,7 @@ def loss_and_gradients(
         precision: of the encoder product, and of matmuls on the dense path.
         auxk: the auxiliary loss.
         x_variance: `variance(x)`, where it is known already.
+        workspace: memory for the weights' gradients, which then last until its next use.
     """
     x_variance = variance(x) if x_variance is None else x_variance
     sae.zero_grad()
@@ -94,7 +96,7 @@ def loss_and_gradients(
     if entries is None:
         passed = _dense(sae, x, projection, step)
     else:
-        passed = _sparse(sae, x, projection, entries, step, kernels)
+        passed = _sparse(sae, x, projection, entries, step, kernels, workspace or Workspace())
     square_error = passed.error.square().sum()
     mse, aux = square_error / x.numel(), x.new_zeros(())
     if dead is not None and auxk.alpha > 0 and sae.sparsity.uses_auxk:
@@ -119,17 +121,27 @@ class _Pass(NamedTuple):
     penalty: Tensor
 
 
-def _sparse(sae: SAE, x: Tensor, projection: Projection, entries: Entries, step: int, kernels: Kernels) -> _Pass:
+def _sparse(
+    sae: SAE,
+    x: Tensor,
+    projection: Projection,
+    entries: Entries,
+    step: int,
+    kernels: Kernels,
+    workspace: Workspace,
+) -> _Pass:
     index = Index(entries.rows, entries.cols, len(x), sae.config.d_sae)
     values, active, penalty = _activate(sae, entries.values, entries.cols, len(x), step)
     acts = active.latent_acts
     error = kernels.decode(acts.detach(), index, sae.W_dec, sae.b_dec).sub_(x)
     grad = error * (2 / error.numel())
     groups = kernels.by_latent(index)
-    grads = kernels.decode_grads(grad, acts.detach(), index, groups, sae.W_dec)
+    space = workspace.matrix("w_dec", sae.W_dec) if kernels.takes_memory else None
+    grads = kernels.decode_grads(grad, acts.detach(), index, groups, sae.W_dec, space)
     grad_values = _backward(values, acts, penalty, grads.acts)
     sae.W_dec.grad = grads.w_dec
-    sae.W_enc.grad = kernels.encode_grad(grad_values, index, groups, projection.centred).t()
+    space = workspace.matrix("w_enc", sae.W_dec) if kernels.takes_memory else None
+    sae.W_enc.grad = kernels.encode_grad(grad_values, index, groups, projection.centred, space).t()
     sae.b_enc.grad = kernels.bias_grad(grad_values, index, groups)
     sae.b_dec.grad = grad.sum(0).addmv_(sae.W_enc, sae.b_enc.grad, alpha=-1)
     return _Pass(error, active._replace(latent_acts=acts.detach()), penalty.detach())

@@ -29,6 +29,7 @@ class CppKernels(TorchKernels):
     """
 
     name = "cpp"
+    takes_memory = True
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
@@ -81,10 +82,11 @@ class CppKernels(TorchKernels):
         index: Index,
         groups: ByLatent,
         w_dec: Float[Tensor, "d_sae d_in"],
+        out: Float[Tensor, "d_sae d_in"] | None = None,
     ) -> DecodeGrads:
         """Both gradients in one pass, latent by latent."""
         n, d_in = len(index.cols), w_dec.shape[1]
-        grads = DecodeGrads(torch.empty(n), torch.empty(w_dec.shape))
+        grads = DecodeGrads(torch.empty(n), torch.empty(w_dec.shape) if out is None else out)
         vectors, weights = _float32(grad, index.batch, d_in), _float32(acts, n)
         inputs = (vectors, weights, *_checked(groups, index), _float32(w_dec, index.d_sae, d_in))
         self._call("decode_grads", *inputs, *w_dec.shape, *grads)
@@ -96,10 +98,11 @@ class CppKernels(TorchKernels):
         index: Index,
         groups: ByLatent,
         centred: Float[Tensor, "batch d_in"],
+        out: Float[Tensor, "d_sae d_in"] | None = None,
     ) -> Float[Tensor, "d_sae d_in"]:
         """Weighted sums of inputs, latent by latent."""
         d_in = centred.shape[1]
-        sums = torch.empty(index.d_sae, d_in)
+        sums = torch.empty(index.d_sae, d_in) if out is None else out
         weights, vectors = _float32(grad, len(index.cols)), _float32(centred, index.batch, d_in)
         self._call("sum_per_latent", weights, *_checked(groups, index), vectors, *sums.shape, sums)
         return sums

@@ -84,6 +84,7 @@ class TorchKernels(Kernels):
         index: Index,
         groups: ByLatent,
         w_dec: Float[Tensor, "d_sae d_in"],
+        out: Float[Tensor, "d_sae d_in"] | None = None,
     ) -> DecodeGrads:
         """Dot products token by token; weighted sums of tokens' gradients latent by latent."""
         return DecodeGrads(_entry_dots(grad, w_dec, index), _sum_per_latent(acts, grad, groups))
@@ -94,6 +95,7 @@ class TorchKernels(Kernels):
         index: Index,
         groups: ByLatent,
         centred: Float[Tensor, "batch d_in"],
+        out: Float[Tensor, "d_sae d_in"] | None = None,
     ) -> Float[Tensor, "d_sae d_in"]:
         """Weighted sums of inputs, latent by latent."""
         return _sum_per_latent(grad, centred, groups)

@@ -45,6 +45,8 @@ class Kernels:
     """Operations of a training step. All inputs and outputs are fp32 on one device; indices are int64."""
 
     name: ClassVar[str] = "reference"
+    takes_memory: ClassVar[bool] = False
+    """Whether the gradients of the weights are written to the memory that is offered for them."""
 
     # The encoder, and what is selected from it
 
@@ -101,8 +103,12 @@ class Kernels:
         index: Index,
         groups: ByLatent,
         w_dec: Float[Tensor, "d_sae d_in"],
+        out: Float[Tensor, "d_sae d_in"] | None = None,
     ) -> DecodeGrads:
-        """Gradients of `decode`, given that of the reconstructions."""
+        """Gradients of `decode`, given that of the reconstructions.
+
+        `out` is memory that may be used for the gradient of w_dec instead of new memory; use what is returned.
+        """
         return DecodeGrads((grad @ w_dec.t())[index.rows, index.cols], _dense(acts, index).t() @ grad)
 
     def encode_grad(
@@ -111,8 +117,9 @@ class Kernels:
         index: Index,
         groups: ByLatent,
         centred: Float[Tensor, "batch d_in"],
+        out: Float[Tensor, "d_sae d_in"] | None = None,
     ) -> Float[Tensor, "d_sae d_in"]:
-        """Gradient of w_enc, transposed, given that of the pre-activations at the entries."""
+        """Gradient of w_enc, transposed, given that of the pre-activations at the entries; `out` as above."""
         return _dense(grad, index).t() @ centred
 
     def bias_grad(self, grad: Float[Tensor, " n"], index: Index, groups: ByLatent) -> Float[Tensor, " d_sae"]:

@@ -181,6 +181,7 @@ class TritonKernels(Kernels):
         index: Index,
         groups: ByLatent,
         w_dec: Float[Tensor, "d_sae d_in"],
+        out: Float[Tensor, "d_sae d_in"] | None = None,
     ) -> DecodeGrads:
         """Both in one pass over the gathered gradients of tokens, latent by latent."""
         w_grad, dots = _sum_by_latent(acts, grad, index, groups, w_dec.contiguous())
@@ -188,7 +189,12 @@ class TritonKernels(Kernels):
         return DecodeGrads(torch.empty_like(dots[0]).scatter_(0, groups.order, dots.sum(0)), w_grad)
 
     def encode_grad(
-        self, grad: Float[Tensor, " n"], index: Index, groups: ByLatent, centred: Float[Tensor, "batch d_in"]
+        self,
+        grad: Float[Tensor, " n"],
+        index: Index,
+        groups: ByLatent,
+        centred: Float[Tensor, "batch d_in"],
+        out: Float[Tensor, "d_sae d_in"] | None = None,
     ) -> Float[Tensor, "d_sae d_in"]:
         """Weighted sums of inputs, latent by latent."""
         return _sum_by_latent(grad, centred, index, groups, None)[0]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sae.autoencoder.gradients import AuxK, TrainingLoss, loss_and_gradients, variance
 from sae.autoencoder.sae import SAE, SAEConfig
-from sae.kernels.operands import Precision
+from sae.kernels.operands import Precision, Workspace
 from sae.kernels.reference import Kernels
 from sae.train.grid import SAESpec
 from sae.train.initialise import InputStats, initialise
@@ -64,10 +64,12 @@ class SAERun:
         device: torch.device,
         kernels: Kernels,
         precision: Precision,
+        workspace: Workspace | None = None,
     ) -> None:
         self.spec = spec
         self.settings = settings
         self.kernels, self.precision = kernels, precision
+        self.workspace = workspace or Workspace()  # shared by the SAEs of a grid, which step one after another
         self.auxk = AuxK(settings.auxk_alpha, settings.k_aux)
         config = SAEConfig(
             architecture=spec.architecture,
@@ -110,6 +112,7 @@ class SAERun:
             precision=self.precision,
             auxk=self.auxk,
             x_variance=inputs.variance,
+            workspace=self.workspace,
         )
         grad_norm = self.optimiser.step(step)
         self.sae.sparsity.update(loss.stats)

@@ -24,6 +24,7 @@ from sae import files
 from sae.autoencoder.gradients import TrainingLoss
 from sae.errors import UserError, unknown
 from sae.kernels import pick, pick_precision
+from sae.kernels.operands import Workspace
 from sae.train import checkpoint
 from sae.train.grid import SAESpec, check_specs
 from sae.train.initialise import input_stats
@@ -114,8 +115,11 @@ def train(
     if done is not None:
         return done
 
+    workspace = Workspace()
     runs = [
-        SAERun(spec, stream.d_in[spec.hook_name], settings, lm_name, lm_fingerprint, device, kernels, precision)
+        SAERun(
+            spec, stream.d_in[spec.hook_name], settings, lm_name, lm_fingerprint, device, kernels, precision, workspace
+        )
         for spec in specs
     ]
     step, seconds_before = _restore(folder, stream, runs, identity)

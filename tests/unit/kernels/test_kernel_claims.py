@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from sae.autoencoder.gradients import loss_and_gradients
+from sae.autoencoder.sae import SAE, SAEConfig
 from sae.kernels import build, pick
 from sae.kernels.moments import Moments, step_seed
-from sae.kernels.operands import Precision, Projection
+from sae.kernels.operands import Precision, Projection, Workspace
 from sae.kernels.reference import AdamStep, Kernels
 
 REFERENCE = Kernels()
@@ -153,3 +155,22 @@ def test_step_seeds_do_not_repeat_and_leave_the_next_for_the_second_moment():
     seeds = [step_seed(matrix, step) for matrix in range(8) for step in range(1, 500)]
     assert len({*seeds, *(seed + 1 for seed in seeds)}) == 2 * len(seeds)
     assert all(0 <= seed < 2**32 - 1 for seed in seeds)
+
+
+@pytest.mark.skipif("cpp" not in FAST, reason="no C++ compiler on this machine")
+def test_gradients_use_the_memory_they_are_offered_again():
+    """Two SAEs of different sizes that share a workspace get the gradients they would get alone."""
+    workspace, kernels = Workspace(), pick("cpu", "cpp")
+    alone, shared, places = [], [], set()
+    for d_sae in (60, 90, 60):
+        sae = SAE(SAEConfig("topk", 12, d_sae, 5, 0, "h", "toy"))
+        x = torch.randn(32, 12, generator=torch.Generator().manual_seed(d_sae))
+        loss_and_gradients(sae, x, 0, None, kernels=kernels)
+        alone.append((sae.W_dec.grad.clone(), sae.W_enc.grad.clone()))
+        loss_and_gradients(sae, x, 0, None, kernels=kernels, workspace=workspace)
+        assert sae.W_dec.grad.data_ptr() != sae.W_enc.grad.data_ptr()
+        shared.append((sae.W_dec.grad.clone(), sae.W_enc.grad.clone()))
+        places.add(sae.W_dec.grad.data_ptr())
+    assert len(places) == 2, "the third SAE uses the memory of the second"
+    for mine, truth in zip(shared, alone, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine, truth, strict=True))
