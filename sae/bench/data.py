@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+SEED = 1_000
+"""Far from any SAE's seed: an SAE that is initialised from the very draws that made the features knows them already."""
 FEATURES_PER_DIMENSION = 4
 ACTIVE = 8
 NOISE = 0.05
@@ -30,7 +32,7 @@ class Data(NamedTuple):
     name: str
 
 
-def synthetic(folder: Path, *, d_in: int, batch_tokens: int, n_batches: int, seed: int = 0) -> Data:
+def synthetic(folder: Path, *, d_in: int, batch_tokens: int, n_batches: int, seed: int = SEED) -> Data:
     """Sparse mixtures (see `mixtures`) on disk.
 
     Args:
@@ -47,13 +49,13 @@ def synthetic(folder: Path, *, d_in: int, batch_tokens: int, n_batches: int, see
 
 
 def sparse_mixtures(
-    d_in: int, batch_tokens: int, n_batches: int, seed: int = 0
+    d_in: int, batch_tokens: int, n_batches: int, seed: int = SEED
 ) -> Float[Tensor, "n_batches batch_tokens d_in"]:
     """The first batches of `mixtures`, in memory."""
     return torch.stack(list(itertools.islice(mixtures(d_in, batch_tokens, seed), n_batches)))
 
 
-def mixtures(d_in: int, batch_tokens: int, seed: int = 0) -> Iterator[Float[Tensor, "batch_tokens d_in"]]:
+def mixtures(d_in: int, batch_tokens: int, seed: int = SEED) -> Iterator[Float[Tensor, "batch_tokens d_in"]]:
     """Batches without end: 4 d_in random unit features in superposition, 8 of them active on each token, and noise.
 
     Amplitudes are uniform in [0.5, 1.5]; the noise has norm 0.05 on average, in all directions alike.

@@ -8,7 +8,8 @@ A randomly initialised model of GPT-2 small's shape, its residual stream behind 
     run_with_cache          TransformerLens's cache of every hook point
 
 Each path is a process; they take turns on the same tokens. `ratio` is ours, in bfloat16, over the path: how many times
-as many tokens a second. `error` is the relative distance of a sample from the bare forward in float32.
+as many tokens a second, in the median turn. `error` is the relative distance of a sample from the bare forward in
+float32.
 """
 
 import shutil
@@ -93,7 +94,7 @@ def _race(entries: list[Entry], ctx: int, size: Size, scratch: Path, options: Be
     tokens = np.random.default_rng(0).integers(0, 256, size=(size.turn_tokens // ctx, ctx))
     np.save(scratch / "tokens.npy", tokens)
     about: dict[Entry, dict[str, Any]] = {}
-    seconds: dict[Entry, list[float]] = {entry: [] for entry in entries}
+    rates: dict[Entry, list[float]] = {entry: [] for entry in entries}
     samples: dict[Entry, np.ndarray] = {}
     with ExitStack() as stack:
         workers = {entry: stack.enter_context(_worker(entry, options)) for entry in entries}
@@ -114,14 +115,12 @@ def _race(entries: list[Entry], ctx: int, size: Size, scratch: Path, options: Be
             samples[entry] = np.load(scratch / "sample.npy").astype(np.float64)
         for turn in range(size.turns + 1):
             for entry, worker in workers.items():
-                took = worker.ask("run")["seconds"]
+                took = worker.ask("run")
                 if turn:  # the first is for warming up
-                    seconds[entry].append(took)
+                    rates[entry].append(took["n_tokens"] / took["seconds"])
     exact = samples[REFERENCE]
-    ours = statistics.median(seconds[OURS])
     rows = []
     for entry in entries:
-        rates = [tokens.size / took for took in seconds[entry]]
         rows.append(
             {
                 "path": entry.path,
@@ -129,14 +128,16 @@ def _race(entries: list[Entry], ctx: int, size: Size, scratch: Path, options: Be
                 "store": entry.store,
                 "ctx": ctx,
                 "batch_tokens": size.batch_tokens,
-                "n_tokens": tokens.size,
-                "tokens_per_s": statistics.median(rates),
-                "low": min(rates),
-                "high": max(rates),
-                "ratio": statistics.median(seconds[entry]) / ours,
+                "tokens_per_s": statistics.median(rates[entry]),
+                "low": min(rates[entry]),
+                "high": max(rates[entry]),
+                # Turn by turn: what slows the machine down for a while slows both.
+                "ratio": statistics.median(
+                    ours / theirs for ours, theirs in zip(rates[OURS], rates[entry], strict=True)
+                ),
                 "error": float(np.linalg.norm(samples[entry] - exact) / np.linalg.norm(exact)),
                 "turns": size.turns,
-                "seconds": seconds[entry],
+                "rates": rates[entry],
                 **about[entry],
             }
         )

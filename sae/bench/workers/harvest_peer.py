@@ -27,7 +27,9 @@ class Peer(Harvester):
         super().__init__(job, tokens)
         self.model = _load(job)
         self.hook_name = f"blocks.{job.hook_layer}.hook_resid_post"
-        self.rows = max(1, job.batch_tokens // tokens.shape[1])
+        if job.way == EVERYTHING:  # slow, and the cache of a whole batch would take gigabytes
+            self.tokens = tokens[: max(1, len(tokens) // 4)]
+        self.rows = max(1, job.batch_tokens // tokens.shape[1] // (4 if job.way == EVERYTHING else 1))
         self.store: Any = None
         if job.way in (STORE, AUTOCAST):
             self.version = metadata.version("sae-lens")
@@ -77,11 +79,11 @@ class Peer(Harvester):
         """As many batches as the tokens make; in the long run each costs one pass."""
         if self.store is not None:
             return timed(lambda: [next(self.store) for _ in range(self.tokens.size // min(BATCH, self.tokens.size))])
-        rows = max(1, self.rows // 4)  # the cache of a whole batch would take gigabytes
 
         def cache() -> None:
-            for start in range(0, len(self.tokens), rows):
-                self.model.run_with_cache(torch.from_numpy(self.tokens[start : start + rows]), prepend_bos=False)
+            for start in range(0, len(self.tokens), self.rows):
+                rows = torch.from_numpy(self.tokens[start : start + self.rows])
+                self.model.run_with_cache(rows, prepend_bos=False)
 
         return timed(cache)
 

@@ -4,7 +4,7 @@ Requests and replies are as in `protocol`, of which this is the smaller sister:
 
     build     way, model, tokens, hook_layer, batch_tokens, dtype, threads, scratch (see `Job`)  -> version, options
     sample    path                   activations of the first rows, as .npy [tokens d_in] float32
-    run                              -> seconds, for all tokens
+    run                              -> seconds, n_tokens
 
 Runs in the peers' environment too, where the `sae` package is not.
 """
@@ -66,9 +66,14 @@ class Harvester(abc.ABC):
     def sample(self, rows: "np.ndarray") -> "Tensor":
         """Activations `[row ctx d_in]` of some rows."""
 
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of a run."""
+        return int(self.tokens.size)
+
     @abc.abstractmethod
     def run(self) -> float:
-        """Seconds to harvest all tokens, without what comes before and after."""
+        """Seconds to harvest `n_tokens` tokens, without what comes before and after."""
 
 
 def serve(build: Callable[[Job, "np.ndarray"], Harvester]) -> None:
@@ -92,7 +97,7 @@ def serve(build: Callable[[Job, "np.ndarray"], Harvester]) -> None:
             np.save(fields["path"], harvester.sample(harvester.tokens[:SAMPLE_ROWS]).float().flatten(0, 1).numpy())
             return {}
         if do == "run":
-            return {"seconds": harvester.run()}
+            return {"seconds": harvester.run(), "n_tokens": harvester.n_tokens}
         raise ValueError(f"{do!r} is no request")
 
     for line in requests:
