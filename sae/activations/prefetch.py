@@ -157,7 +157,8 @@ class _Worker:
 
     def _convert(self, block: Tensor) -> Tensor:
         dtype = self._dtype or block.dtype
-        whole = block.untyped_storage().nbytes() == block.nbytes
-        if block.dtype == dtype and whole and not self._pin:
-            return block  # read already, and no view of a mapped file
+        # Rows of a mapped file are a small part of it; gathered ones may be cut out of little more than themselves.
+        mapped = block.untyped_storage().nbytes() > 2 * block.nbytes
+        if block.dtype == dtype and not mapped and not self._pin:
+            return block
         return torch.empty(block.shape, dtype=dtype, pin_memory=self._pin).copy_(block)

@@ -107,11 +107,12 @@ def disk_bytes(d_in: Mapping[str, int], n_tokens: int, shard_tokens: int, dtype:
 def working_bytes(d_in: Mapping[str, int], shard_rows: int, n_tokens: int, dtype: str) -> tuple[int, int]:
     """The most memory a store takes: (while it is written, while it is read).
 
-    Reading maps one shard's files into memory; the system takes back the pages it needs elsewhere.
+    Most of it are files mapped into memory, a shard's while reading and two shards' parts while finishing: pages that
+    the system takes back when it needs them elsewhere.
     """
     n_shards = max(1, round(n_tokens / max(1, shard_rows)))
-    writing = 2 * _flush_bytes(n_shards) + FINISHERS * 2 * CHUNK_BYTES
-    return writing, shard_rows * record_bytes(d_in, dtype)
+    shard = shard_rows * record_bytes(d_in, dtype)
+    return 2 * _flush_bytes(n_shards) + min(FINISHERS, n_shards) * (shard + 2 * CHUNK_BYTES), shard
 
 
 def _flush_bytes(n_shards: int) -> int:

@@ -99,10 +99,10 @@ def test_the_same_batches_and_positions(store):
 
 def test_what_is_handed_out_is_in_memory(store):
     """Not a view of a mapped file, which would be read only once the batch is used."""
-    with Prefetch(open_stream(store)) as ahead:
-        for _ in range(9):
+    with Prefetch(open_stream(store, batch_tokens=15)) as ahead:
+        for _ in range(30):
             for block in ahead.next_batch().acts.values():
-                assert block.untyped_storage().nbytes() == block.nbytes
+                assert block.untyped_storage().nbytes() <= 2 * block.nbytes
 
 
 def test_the_inner_type_is_kept_on_request(store):
