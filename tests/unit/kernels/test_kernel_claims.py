@@ -2,16 +2,16 @@
 
 import pytest
 import torch
+from kernel_cases import FAST, as_matrix, projection
 
 from sae.autoencoder.gradients import loss_and_gradients
 from sae.autoencoder.sae import SAE, SAEConfig
-from sae.kernels import build, pick
+from sae.kernels import pick
 from sae.kernels.moments import Moments, step_seed
 from sae.kernels.operands import Precision, Projection, Workspace
 from sae.kernels.reference import AdamStep, Kernels
 
 REFERENCE = Kernels()
-FAST = ["torch", *(["cpp"] if build.library().handle is not None else [])]
 
 
 @pytest.fixture
@@ -19,21 +19,6 @@ def small_chunks(monkeypatch):
     """Three rows a chunk."""
     monkeypatch.setattr("sae.kernels.cpu.CHUNK_BYTES", 1)
     monkeypatch.setattr("sae.kernels.cpu.CHUNK_ROWS", 3)
-
-
-def projection(batch, d_in, d_sae, precision):
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.nn.functional.normalize(torch.randn(d_sae, d_in, generator=generator), dim=1)
-    bias = 0.1 * torch.randn(d_sae, generator=generator)
-    return Projection(torch.randn(batch, d_in, generator=generator), rows.t(), bias, precision)
-
-
-def as_matrix(found, shape):
-    matrix = torch.full(shape, torch.nan)
-    matrix[found.rows, found.cols] = found.values
-    assert int((~matrix.isnan()).sum()) == len(found.values), "an entry was listed twice"
-    assert torch.equal(found.rows, found.rows.sort().values)
-    return matrix
 
 
 @pytest.mark.parametrize("name", FAST)

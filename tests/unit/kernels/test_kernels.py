@@ -4,32 +4,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_cases import FAST, as_matrix, projection
 
 from sae.errors import UserError
-from sae.kernels import build, pick, pick_precision
+from sae.kernels import pick, pick_precision
 from sae.kernels.moments import KINDS, Moments, decode8, encode8, random_bits, round_bfloat16
-from sae.kernels.operands import Index, Precision, Projection
+from sae.kernels.operands import Index, Precision
 from sae.kernels.reference import AdamStep, Kernels
 
 REFERENCE = Kernels()
-FAST = ["torch", *(["cpp"] if build.library().handle is not None else [])]
 
 shapes = st.tuples(st.integers(1, 9), st.integers(1, 40), st.integers(1, 300))
-
-
-def projection(batch, d_in, d_sae, seed=0, precision=Precision.float32):
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.nn.functional.normalize(torch.randn(d_sae, d_in, generator=generator), dim=1)
-    bias = 0.1 * torch.randn(d_sae, generator=generator)
-    return Projection(torch.randn(batch, d_in, generator=generator), rows.t(), bias, precision)
-
-
-def entries_as_matrix(found, shape):
-    matrix = torch.full(shape, torch.nan)
-    matrix[found.rows, found.cols] = found.values
-    assert int((~matrix.isnan()).sum()) == len(found.values), "an entry was listed twice"
-    assert torch.equal(found.rows, found.rows.sort().values)
-    return matrix
 
 
 @pytest.mark.parametrize("name", FAST)
@@ -37,10 +22,10 @@ def entries_as_matrix(found, shape):
 @settings(max_examples=60, deadline=None)
 def test_selection(name, shape, seed, data):
     batch, _, d_sae = shape
-    kernels, given_ = pick("cpu", name), projection(*shape, seed)
+    kernels, given_ = pick("cpu", name), projection(*shape, seed=seed)
     k = data.draw(st.integers(1, d_sae))
-    found = entries_as_matrix(kernels.topk(given_, k), (batch, d_sae))
-    expected = entries_as_matrix(REFERENCE.topk(given_, k), (batch, d_sae))
+    found = as_matrix(kernels.topk(given_, k), (batch, d_sae))
+    expected = as_matrix(REFERENCE.topk(given_, k), (batch, d_sae))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
     pre_acts = REFERENCE.pre_acts(given_)
     torch.testing.assert_close(kernels.pre_acts(given_), pre_acts, rtol=1e-5, atol=1e-5)
@@ -49,7 +34,7 @@ def test_selection(name, shape, seed, data):
     gaps = ordered.diff()
     bar = ordered[int(gaps.argmax())] + gaps.max() / 2 if len(gaps) else ordered[0] - 1
     for threshold in (bar, bar.expand(d_sae).clone()):
-        found = entries_as_matrix(kernels.above(given_, threshold), (batch, d_sae))
+        found = as_matrix(kernels.above(given_, threshold), (batch, d_sae))
         torch.testing.assert_close(
             found, pre_acts.where(pre_acts > bar, torch.nan), rtol=1e-5, atol=1e-5, equal_nan=True
         )
