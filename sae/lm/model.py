@@ -7,7 +7,7 @@ put its hook points into, so hooks fire while the bridge's own per-call work is 
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,12 +19,9 @@ from torch import Tensor
 
 from sae import files
 from sae.errors import UserError, unknown
-from sae.lm import bypass, chat, generate, hooks, tokens
+from sae.lm import bypass, capture, chat, generate, hooks, tokens
 from sae.lm.hooks import Step
 from sae.lm.tokens import TokenBatch, Tokenized
-
-#: Rows at least this long are run with fused attention on the CPU; below, plain matrix products are faster.
-_FUSED_FROM = 512
 
 #: Configuration entries that do not change what the model computes.
 _VOLATILE = {"transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_cache", "_attn_implementation"}
@@ -35,13 +32,6 @@ class HookInfo(NamedTuple):
 
     point: Any
     shape: tuple[int, ...]
-
-
-class Site(NamedTuple):
-    """A place in the Hugging Face model that sees the same values as a hook point."""
-
-    module: torch.nn.Module
-    output: bool  #: the module's output, else its first input
 
 
 class _Captured(Exception):
@@ -230,99 +220,36 @@ class LanguageModel:
                 quick = self._probe().float()
         except Exception:  # an architecture whose parts only work wrapped: run it as it is
             return False
-        tolerance = 1e-4 if self.dtype == torch.float32 else 3e-2
-        return bool((slow - quick).abs().max() <= tolerance * slow.abs().max().clamp_min(1.0))
+        return bool((slow - quick).abs().max() <= self._tolerance * slow.abs().max().clamp_min(1.0))
+
+    @property
+    def _tolerance(self) -> float:
+        """How far apart, relative to the largest, two ways to compute the same may be."""
+        return 1e-4 if self.dtype == torch.float32 else 3e-2
 
     @contextmanager
     def light(self) -> Iterator[None]:
         """Run the parts without hooks without the bridge's wrappers, for as long as no hook is added or removed."""
-        if self.fast and not getattr(self.bridge, "compatibility_mode", False):
+        if self._bypasses:
             with bypass.bypass(self._sections):
                 yield
         else:
             yield
 
+    @property
+    def _bypasses(self) -> bool:
+        """Whether idle wrappers may be taken out; never in compatibility mode, where they hold processed weights."""
+        return self.fast and not getattr(self.bridge, "compatibility_mode", False)
+
     @cached_property
-    def _sites(self) -> dict[int, Site]:
-        """Hook points (by id) whose values can be had without any of the bridge's wrappers, by two tests.
-
-        With the wrappers, a point sees the very values that the part it wraps takes or gives; without them, that part
-        is still run, and its values are the same but for rounding. Looked up while nothing is hooked.
-        """
-        sites: dict[int, Site] = {}
-        for wrapper in {id(w): w for section in self._sections for w in section.wrappers}.values():
-            original = getattr(wrapper, "original_component", None)
-            for point, output in ((wrapper.hook_in, False), (wrapper.hook_out, True)):
-                if original is not None:
-                    sites.setdefault(id(point), Site(original, output))
-        points = {id(point): point for point in self.bridge.hook_dict.values() if id(point) in sites}
-        seen: dict[int, Tensor] = {}
-
-        def record(acts: Any, *, hook: Any) -> None:
-            if isinstance(acts, Tensor) and acts.ndim >= 3:
-                seen[id(hook)] = acts
-
-        removers = [hooks.install(point, record) for point in points.values()]
-        try:
-            wrapped = self._watch({key: sites[key] for key in points})
-        finally:
-            for remove in removers:
-                remove()
-        with bypass.bypass(self._sections):
-            bare = self._watch({key: sites[key] for key in wrapped})
-        tolerance = 1e-4 if self.dtype == torch.float32 else 3e-2
-
-        def same(key: int) -> bool:
-            known = wrapped[key]
-            if key not in bare or bare[key].shape != known.shape or not torch.equal(seen[key].flatten(2), known):
-                return False
-            scale = known.float().abs().max().clamp_min(1.0)
-            return bool((bare[key].float() - known.float()).abs().max() <= tolerance * scale)
-
-        return {key: sites[key] for key in wrapped if key in seen and same(key)}
-
-    def _watch(self, sites: dict[int, Site]) -> dict[int, Tensor]:
-        """The values at some sites in one probing forward."""
-        found: dict[int, Tensor] = {}
-        handles = [_tap(site, partial(found.setdefault, key)) for key, site in sites.items()]
-        try:
-            self._probe()
-        finally:
-            for handle in handles:
-                handle.remove()
-        return {key: acts.flatten(2) for key, acts in found.items() if acts.is_floating_point() and acts.ndim >= 3}
-
-    def _untouched(self) -> bool:
-        """True when no hook of any kind is installed anywhere."""
-        points = self.bridge.hook_dict.values()
-        return all(section.idle() for section in self._sections) and not any(
-            point._forward_hooks or point._backward_hooks for point in points
-        )
+    def _sites(self) -> dict[int, capture.Site]:
+        return capture.find_sites(self.bridge, self._sections, self._probe, self._tolerance)
 
     @cached_property
     def _fusable(self) -> bool:
-        """Whether fused attention gives this model's logits; it knows no cap on attention scores, for one."""
-        model = self.bridge.original_model
-        text = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-        if getattr(text, "attn_logit_softcapping", None) or not getattr(model, "_supports_sdpa", False):
-            return False
-        with bypass.bypass(self._sections):
-            length = min(64, self.ctx_len)
-            plain = self._probe(length).float()
-            with self._fused_attention():
-                fused = self._probe(length).float()
-        tolerance = 1e-4 if self.dtype == torch.float32 else 3e-2
-        return bool((plain - fused).abs().max() <= tolerance * plain.abs().max().clamp_min(1.0))
-
-    @contextmanager
-    def _fused_attention(self) -> Iterator[None]:
-        config = self.bridge.original_model.config
-        before = config._attn_implementation
-        config._attn_implementation = "sdpa"
-        try:
-            yield
-        finally:
-            config._attn_implementation = before
+        return capture.is_fusable(
+            self.bridge.original_model, self._sections, self._probe, self._tolerance, self.ctx_len
+        )
 
     def run(
         self,
@@ -403,18 +330,19 @@ class LanguageModel:
             if len(found) == len(points):
                 raise _Captured
 
-        bare = self.fast and self._untouched() and all(key in self._sites for key in points)
-        long = self.device.startswith("cuda") or batch.tokens.shape[1] >= _FUSED_FROM
+        untouched = self._bypasses and capture.untouched(self.bridge, self._sections)
+        bare = untouched and all(key in self._sites for key in points)
+        long = self.device.startswith("cuda") or batch.tokens.shape[1] >= capture.FUSED_FROM
         fused = bare and long and attention(batch.mask) is None and self._fusable
         with ExitStack() as stack:
             for key, point in points.items():
                 if bare:
-                    stack.callback(_tap(self._sites[key], partial(keep, key)).remove)
+                    stack.callback(capture.tap(self._sites[key], partial(keep, key)).remove)
                 else:
                     stack.callback(hooks.install(point, lambda acts, *, hook: keep(id(hook), acts)))
             stack.enter_context(self.light())
             if fused:
-                stack.enter_context(self._fused_attention())
+                stack.enter_context(capture.fused_attention(self.bridge.original_model))
             with suppress(_Captured):
                 self._forward(batch)
         return {name: found[id(self._hooks[name].point)] for name in hook_names}
@@ -473,21 +401,6 @@ class LanguageModel:
     def edit(self, edits: "dict[str, hooks.Edit]") -> Any:
         """Context that applies edits at hook points; see `sae.lm.hooks.edit`."""
         return hooks.edit(self, edits)
-
-
-def _tap(site: Site, keep: Callable[[Tensor], Any]) -> Any:
-    """Have `keep` called with the values at a site; return the handle that ends it."""
-
-    def first(values: Any) -> None:
-        values = values[0] if isinstance(values, tuple) and values else values
-        if isinstance(values, Tensor):
-            keep(values)
-
-    if site.output:
-        return site.module.register_forward_hook(lambda module, args, output: first(output))
-    return site.module.register_forward_pre_hook(
-        lambda module, args, kwargs: first(args or kwargs.get("hidden_states")), with_kwargs=True
-    )
 
 
 def attention(mask: Tensor) -> Tensor | None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_lms import ARCHITECTURES, save_checkpoint
 
-import sae.lm.model
+import sae.lm.capture
 from sae.lm import hooks
 from sae.lm.load import load_lm
 from sae.lm.tokens import TokenBatch
@@ -96,7 +96,7 @@ def test_long_rows_use_fused_attention_where_it_is_the_same(lm, monkeypatch):
         return attention(*args, **kwargs)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
-    monkeypatch.setattr(sae.lm.model, "_FUSED_FROM", 50)
+    monkeypatch.setattr(sae.lm.capture, "FUSED_FROM", 50)
     assert lm._fusable == (lm.bridge.original_model.config.model_type != "gemma2"), "it knows no cap on scores"
     calls.clear()
     fused = lm.activations(batch, RESIDUAL)
@@ -136,3 +136,20 @@ def test_half_precision(tmp_path):
     want = exact.activations(batch, [name])[name][batch.mask]
     error = (acts[batch.mask].float() - want).norm() / want.norm()
     assert error < 0.02
+
+
+def test_processed_weights_are_seen(tmp_path):
+    """In compatibility mode the bridge computes from weights of its own: nothing is captured behind its back."""
+    lm = load_lm(str(save_checkpoint(tmp_path, "gpt2")), device="cpu")
+    batch = lm.tokenize(["the cat sat"])
+    names = ["blocks.1.hook_resid_post"]
+    lm.activations(batch, names)  # whether wrappers may go has been looked up by now
+    lm.bridge.enable_compatibility_mode()
+    found, seen = lm.activations(batch, names), {}
+    point = lm.hook_point(names[0])
+    remove = hooks.install(point, lambda acts, *, hook: seen.setdefault("acts", acts))
+    try:
+        lm.logits(batch)
+    finally:
+        remove()
+    torch.testing.assert_close(found[names[0]], seen["acts"])
