@@ -77,6 +77,8 @@ def _run_hydra(stage: str, given: list[str]) -> None:
     # Hydra takes flags before or after all overrides, but not among them; people write them anywhere.
     overrides = [item for item in given if "=" in item and not item.startswith("-")]
     flags = [item for item in given if item not in overrides]
+    # Keys that no schema knows: Hydra takes them only when told to add them.
+    overrides = [f"++{item}" if item.startswith(config.FREE) else item for item in overrides]
     recipe = _recipe(stage, overrides)
 
     def job(composed: Any) -> None:

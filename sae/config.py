@@ -15,6 +15,7 @@ from typing import Any
 from sae.errors import UserError, unknown
 
 MISSING = "???"  # OmegaConf's mark for "must be given"
+FREE = ("sae.options.", "sae.options=")  # what lies below these keys is checked where it is used
 
 
 def _require(ok: bool, message: str) -> None:
@@ -110,6 +111,12 @@ class SAEGridConfig:
     d_sae: list[int] = field(default_factory=lambda: [1024])
     l0: list[float] = field(default_factory=lambda: [16.0])
     seed: list[int] = field(default_factory=lambda: [0])
+    control: list[str] = field(
+        default_factory=lambda: ["none"]
+    )  # none | random | frozen_decoder | soft_frozen_decoder | frozen_encoder
+    sites: list[str] = field(default_factory=list)  # [] = each hook point; a->b transcodes, a+b crosses
+    skip: bool = False  # transcoders also map input to output linearly
+    options: dict[str, Any] = field(default_factory=dict)  # of the architectures: each takes its own
 
 
 # What the trainer knows by name (a test keeps these equal to `sae.train.settings`, which this file must not import).
@@ -117,6 +124,7 @@ TRAIN_NAMES = {
     "encoder_dtype": ("auto", "float32", "bfloat16", "bfloat16_rescored"),
     "moments": ("float32", "bfloat16", "float8"),
     "kernels": ("auto", "reference", "torch", "cpp", "triton"),
+    "centre": ("geometric_median", "mean", "zero"),
 }
 
 
@@ -128,12 +136,16 @@ class TrainConfig:
     total_tokens: int = 2_000_000
     batch_tokens: int = 2_048
     live_buffer_tokens: int = 131_072  # a live stream shuffles within windows of this size
-    lr: float | None = None  # None: 2e-4 / sqrt(d_sae / 2^14) for each SAE
+    lr: float | None = None  # None: 2.7 / sqrt(d_in) / (d_sae * steps)^(1/4) for each SAE
     lr_warmup_steps: int | None = None  # None: 1000 or 5% of the run, whichever is shorter
     lr_decay_fraction: float = 0.2
+    adam_betas: list[float] | None = None  # None: the architecture's
+    sparsity_warmup_steps: int | None = None  # of penalties; None: 5000 or 10% of the run, whichever is shorter
+    centre: str = "geometric_median"  # what b_dec starts at: geometric_median | mean | zero
     clip: float = 1.0
     auxk_alpha: float = 1 / 32
-    dead_after_tokens: int = 10_000_000
+    k_aux: int | None = None  # dead latents per token in the auxiliary loss; None: half the width
+    dead_after_tokens: int | None = None  # None: 10 million or 5% of the run, whichever is less
     encoder_dtype: str = "auto"  # auto | float32 | bfloat16 | bfloat16_rescored; auto: bfloat16 where it is in hardware
     moments: str = "float32"  # of Adam: float32 | bfloat16 | float8
     kernels: str = "auto"  # auto | triton | cpp | torch | reference
@@ -146,6 +158,8 @@ class TrainConfig:
         for name, known in TRAIN_NAMES.items():
             if getattr(self, name) not in known:
                 raise unknown(f"train.{name}", getattr(self, name), list(known))
+        betas = self.adam_betas
+        _require(betas is None or len(betas) == 2, f"train.adam_betas={betas} must be two numbers.")
         _require(self.batch_tokens >= 2, f"train.batch_tokens={self.batch_tokens} must be at least 2.")
         _require(
             self.total_tokens >= self.batch_tokens,
@@ -310,7 +324,8 @@ def build(config: Any) -> RunConfig:
 
     known = keys()
     for key in _given(OmegaConf.to_container(config)):
-        if key not in known:  # `+key=value` gets past Hydra's own check
+        # `+key=value` gets past Hydra's own check.
+        if key not in known and not key.startswith(FREE):
             raise unknown("configuration key", key, known, "`sae <stage> --cfg job` prints every key.")
     try:
         built = OmegaConf.to_object(config)

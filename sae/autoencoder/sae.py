@@ -5,20 +5,22 @@
     recons      = latent_acts @ W_dec + b_dec
 
 A saved SAE acts on raw activations: the scalar that normalised its training inputs is folded into its weights.
+Transcoders and crosscoders (files of their own) are SAEs whose inputs or outputs are other hook points.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from sae import files
-from sae.autoencoder.sparsity import Sparsity, SparsityOptions, find_architecture
+from sae.autoencoder.site import Site
+from sae.autoencoder.sparsity import Schedule, Sparsity, check_options, find_architecture
 from sae.device import pick_device
 from sae.errors import UserError, unknown
 
@@ -39,10 +41,18 @@ class SAEConfig:
     """Target mean number of active latents per token; 0 when unknown (foreign weights)."""
     seed: int
     hook_name: str
-    """Hook point as TransformerLens names it."""
+    """Hook point as TransformerLens names it; of a transcoder or crosscoder, its site (see `sae.autoencoder.site`)."""
     lm_name: str
     lm_fingerprint: str = ""
     """Content hash of the language model's weights; empty when unknown."""
+    d_out: int = 0
+    """Width of what is reconstructed; 0 means d_in."""
+    source_widths: list[int] = field(default_factory=list)
+    """Widths of the hook points a crosscoder reads, in the site's order; empty means equal ones."""
+    skip: bool = False
+    """Whether a transcoder also maps its input to its output linearly."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Options of the architecture that differ from its defaults."""
     metadata: dict[str, Any] = field(default_factory=dict)
     """How it was trained; free form, plain JSON types."""
 
@@ -51,21 +61,48 @@ class SAEConfig:
         for name in ("d_in", "d_sae"):
             if getattr(self, name) < 1:
                 raise UserError(f"SAE config: {name} must be at least 1, not {getattr(self, name)}.")
-        find_architecture(self.architecture).check(self.d_sae, self.l0)
+        if self.d_out < 0:
+            raise UserError(f"SAE config: d_out must be at least 1, or 0 for d_in, not {self.d_out}.")
+        kind = self.site.kind
+        if kind != "transcoder" and (self.skip or self.d_out not in (0, self.d_in)):
+            raise UserError(f"SAE config: skip and d_out are a transcoder's, but {self.hook_name!r} makes it a {kind}.")
+        n_sources = len(self.site.reads)
+        widths = self.source_widths
+        if (widths and (len(widths) != n_sources or sum(widths) != self.d_in)) or self.d_in % (
+            1 if widths else n_sources
+        ):
+            raise UserError(
+                f"SAE config: source_widths = {widths} do not divide d_in = {self.d_in} among {n_sources} hook points."
+            )
+        architecture = find_architecture(self.architecture)
+        architecture.check(self.d_sae, self.l0)
+        check_options(self.options, [self.architecture])
+
+    @property
+    def site(self) -> Site:
+        """The hook points it reads and writes."""
+        return Site.parse(self.hook_name)
+
+    @property
+    def width_out(self) -> int:
+        """Width of what is reconstructed."""
+        return self.d_out or self.d_in
 
 
 _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     **dict.fromkeys(("architecture", "hook_name", "lm_name", "lm_fingerprint"), ((str,), "text")),
-    **dict.fromkeys(("d_in", "d_sae", "seed"), ((int,), "a whole number")),
+    **dict.fromkeys(("d_in", "d_sae", "d_out", "seed"), ((int,), "a whole number")),
     "l0": ((int, float), "a number"),
-    "metadata": ((dict,), "a mapping"),
+    "skip": ((bool,), "true or false"),
+    "source_widths": ((list,), "a list of whole numbers"),
+    **dict.fromkeys(("options", "metadata"), ((dict,), "a mapping")),
 }
 
 
 def _check_types(values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         kinds, words = _KINDS[name]
-        if not isinstance(value, kinds) or isinstance(value, bool):
+        if not isinstance(value, kinds) or isinstance(value, bool) != (kinds == (bool,)):
             raise UserError(f"SAE config: {name} must be {words}, not {value!r}.")
 
 
@@ -73,7 +110,7 @@ class SAEOutput(NamedTuple):
     """Result of a forward pass."""
 
     recons: Tensor
-    """[... d_in]"""
+    """[... d_out]"""
     latent_acts: Tensor
     """[... d_sae]"""
 
@@ -85,24 +122,34 @@ class SAE(nn.Module):
 
     Attributes:
         W_enc: [d_in d_sae]. Stored so that one latent's direction is contiguous, which is how gradients come.
-        W_dec: [d_sae d_in], rows of norm 1.
+        W_dec: [d_sae d_out], rows of norm 1. d_out is d_in but for transcoders.
         b_enc: [d_sae]
-        b_dec: [d_in]
+        b_dec: [d_out]
+        W_skip: [d_in d_out], only in skip transcoders; else None.
         sparsity: the architecture, with its `threshold` (fp32 always) where it has one.
     """
 
-    def __init__(self, config: SAEConfig, options: SparsityOptions | None = None) -> None:
+    kind: ClassVar[str] = "sae"
+    centres: ClassVar[bool] = True
+    """Whether b_dec is taken off the input: it is where output and input are the same thing."""
+
+    def __init__(self, config: SAEConfig, schedule: Schedule = Schedule()) -> None:  # noqa: B008 - immutable
         super().__init__()
+        if config.site.kind != self.kind:
+            raise UserError(f"{config.hook_name!r} is the site of a {config.site.kind}, not of a {self.kind}.")
         self.config = config
         generator = torch.Generator().manual_seed(config.seed)
-        rows = torch.randn(config.d_sae, config.d_in, generator=generator)
-        rows /= rows.norm(dim=1, keepdim=True)
-        self.W_dec = nn.Parameter(rows)
-        self.W_enc = nn.Parameter(rows.clone().t())
+        self.W_dec = nn.Parameter(unit_rows(config.d_sae, config.width_out, generator))
+        self.W_enc = nn.Parameter(self._first_encoder(generator))
         self.b_enc = nn.Parameter(torch.zeros(config.d_sae))
-        self.b_dec = nn.Parameter(torch.zeros(config.d_in))
-        build = find_architecture(config.architecture)
-        self.sparsity: Sparsity = build(config.d_sae, config.l0, options or SparsityOptions())
+        self.b_dec = nn.Parameter(torch.zeros(config.width_out))
+        self.W_skip = nn.Parameter(torch.zeros(config.d_in, config.width_out)) if config.skip else None
+        architecture = find_architecture(config.architecture)
+        options = architecture.make_options(config.options)
+        self.sparsity: Sparsity = architecture(config.d_sae, config.l0, options, schedule)
+
+    def _first_encoder(self, generator: torch.Generator) -> Float[Tensor, "d_in d_sae"]:
+        return self.W_dec.detach().clone().t()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -126,35 +173,56 @@ class SAE(nn.Module):
                 f"{d_in} wide: use the hook point and model it was trained on."
             )
 
+    def centre(self, x: Float[Tensor, "... d_in"], detach: bool = False) -> Float[Tensor, "... d_in"]:
+        """What the encoder multiplies: x - b_dec, or x where `centres` is false."""
+        if not self.centres:
+            return x
+        return x - (self.b_dec.detach() if detach else self.b_dec)
+
     def pre_acts(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_sae"]:
-        """(x - b_dec) @ W_enc + b_enc."""
+        """centre(x) @ W_enc + b_enc."""
         self.check_input(x.shape[-1])
-        return (x.to(device=self.device, dtype=self.dtype) - self.b_dec) @ self.W_enc + self.b_enc
+        return self.centre(x.to(device=self.device, dtype=self.dtype)) @ self.W_enc + self.b_enc
 
     def encode(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_sae"]:
         """Latent activations as at inference: BatchTopK by its threshold, JumpReLU strictly above its thresholds."""
         return self.sparsity.infer_acts(self.pre_acts(x)).to(self.dtype)
 
-    def decode(self, latent_acts: Float[Tensor, "... d_sae"]) -> Float[Tensor, "... d_in"]:
+    def decode(self, latent_acts: Float[Tensor, "... d_sae"]) -> Float[Tensor, "... d_out"]:
         """latent_acts @ W_dec + b_dec."""
         return latent_acts.to(self.dtype) @ self.W_dec + self.b_dec
+
+    def reconstruct(
+        self, x: Float[Tensor, "... d_in"], latent_acts: Float[Tensor, "... d_sae"]
+    ) -> Float[Tensor, "... d_out"]:
+        """The output for an input and its, maybe edited, latent activations."""
+        recons = self.decode(latent_acts)
+        return recons if self.W_skip is None else recons + x.to(device=self.device, dtype=self.dtype) @ self.W_skip
 
     def forward(self, x: Float[Tensor, "... d_in"]) -> SAEOutput:
         """Encode and decode."""
         latent_acts = self.encode(x)
-        return SAEOutput(self.decode(latent_acts), latent_acts)
+        return SAEOutput(self.reconstruct(x, latent_acts), latent_acts)
 
-    def error(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_in"]:
-        """What the SAE misses, x - recons, to be added back when only latents are edited."""
-        return x.to(self.dtype) - self.forward(x).recons
+    def error(
+        self, x: Float[Tensor, "... d_in"], target: Float[Tensor, "... d_out"] | None = None
+    ) -> Float[Tensor, "... d_out"]:
+        """What the SAE misses, to be added back when only latents are edited: x (or the target) - recons."""
+        return (x if target is None else target).to(self.dtype) - self.forward(x).recons
 
     @torch.no_grad()
-    def fold_input_scale(self, scale: float) -> None:
-        """Turn an SAE trained on `scale * x` into one that acts on x, in place.
+    def fold_scales(self, reads: Sequence[float], writes: Sequence[float]) -> None:
+        """Turn an SAE trained on scaled activations into one that acts on raw ones, in place.
 
         Every architecture is homogeneous: divide biases and thresholds by the scale, and latents and
         reconstructions come out divided by it. Decoder rows keep norm 1 and W_enc does not change.
+
+        Args:
+            reads: what the activations of each hook point that is read were multiplied by; an SAE has one.
+            writes: likewise of those it reconstructs; for an SAE the same.
         """
+        (scale,) = reads
+        assert list(writes) == list(reads), "an SAE reconstructs what it reads"
         self.b_enc.div_(scale)
         self.b_dec.div_(scale)
         self.sparsity.rescale(1 / scale)
@@ -182,8 +250,7 @@ class SAE(nn.Module):
             UserError: a file is missing, truncated, or does not fit its config; or the weights are not finite.
         """
         folder = Path(folder)
-        config = _read_config(folder / CONFIG_FILE)
-        sae = cls(config)
+        sae = make(_read_config(folder / CONFIG_FILE))
         tensors = files.read_tensors(folder / WEIGHTS_FILE)
         expected = sae.state_dict()
         where = f"in {str(folder / WEIGHTS_FILE)!r}"
@@ -201,6 +268,21 @@ class SAE(nn.Module):
                 raise UserError(f"tensor {name!r} {where} has values that are not finite: train or convert it anew.")
         sae.load_state_dict(tensors)
         return sae.to(device=device, dtype=dtype)
+
+
+CODERS: dict[str, type[SAE]] = {SAE.kind: SAE}
+"""The classes, by the kind of their site; `sae.autoencoder` fills it."""
+
+
+def make(config: SAEConfig, schedule: Schedule = Schedule()) -> SAE:  # noqa: B008 - immutable
+    """A fresh SAE, transcoder or crosscoder, as its site says."""
+    return CODERS[config.site.kind](config, schedule)
+
+
+def unit_rows(n: int, d: int, generator: torch.Generator) -> Float[Tensor, "n d"]:
+    """Random directions."""
+    rows = torch.randn(n, d, generator=generator)
+    return rows / rows.norm(dim=1, keepdim=True)
 
 
 def _read_config(path: Path) -> SAEConfig:

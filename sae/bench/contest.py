@@ -28,7 +28,7 @@ class Case:
 
     @property
     def lr(self) -> float:
-        """Everybody's learning rate: 2e-4 / sqrt(d_sae / 2^14), our default, sparsify's and dictionary_learning's."""
+        """Everybody's learning rate where times are compared: 2e-4 / sqrt(d_sae / 2^14), as sparsify has it."""
         return float(2e-4 / (self.d_sae / 2**14) ** 0.5)
 
 
@@ -64,8 +64,12 @@ def summarise(values: list[float]) -> Median:
 def build(
     worker: Worker, contestant: Contestant, case: Case, data: Data, options: BenchOptions, **more: Any
 ) -> dict[str, Any]:
-    """Let a worker build its SAE and open the activations. Returns what it says of itself."""
-    request = Request(**asdict(case), lr=case.lr, precision=contestant.precision, threads=options.threads, **more)
+    """Let a worker build its SAE and open the activations. Returns what it says of itself.
+
+    `more` are fields of `Request`; the learning rate is the case's where none is given.
+    """
+    chosen = {"lr": case.lr, **more}
+    request = Request(**asdict(case), precision=contestant.precision, threads=options.threads, **chosen)
     said = {**worker.ask("hello"), **worker.ask("build", **asdict(request))}
     worker.ask("load", path=str(data.train.resolve()))
     return said

@@ -139,9 +139,24 @@ def _train_row(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _quality_row(row: Mapping[str, Any]) -> dict[str, Any]:
-    shown = _train_row(row)
-    kept = ("architecture", "size", "ours", "peer", "FVU ours", "FVU peer", "L0 ours", "L0 peer", "steps")
-    return {"data": row["data"], **{key: shown[key] for key in kept}}
+    def fvu(who: str) -> str:
+        return f"{row[f'fvu_{who}']:.4f} [{row[f'fvu_low_{who}']:.4f}, {row[f'fvu_high_{who}']:.4f}]"
+
+    rate = "default" if row["lr_peer"] is None else format_cell(row["lr_peer"])
+    return {
+        "data": row["data"],
+        "architecture": row["architecture"],
+        "size": _size(row),
+        "peer": row["peer"] if row["peer"].startswith("control") else f"{row['peer']} {row['version_peer']}",
+        "learning rate": rate,
+        "FVU ours": fvu("ours"),
+        "FVU peer": fvu("peer"),
+        "peer / ours": f"{row['ratio']:.3f}",
+        "L0 ours": row["l0_ours"],
+        "L0 peer": row["l0_peer"],
+        "dead ours": row["dead_ours"],
+        "dead peer": row["dead_peer"],
+    }
 
 
 def _cuda_row(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from sae.kernels import pick, pick_precision
 from sae.kernels.moments import KINDS
 from sae.train.grid import SAESpec
 from sae.train.initialise import input_stats
-from sae.train.run import Inputs, SAERun
+from sae.train.run import SAERun
 from sae.train.settings import TrainSettings
 
 COLUMNS = ["moments", "bytes_per_parameter", "step_ms", "fvu", "relative_to_float32"]
@@ -44,13 +44,13 @@ def _measure(data: Data, kind: str, n_steps: int) -> dict[str, Any]:
     batches, held_out = (torch.from_numpy(np.load(path)) for path in (data.train, data.held_out))
     settings = TrainSettings(total_tokens=n_steps * BATCH, batch_tokens=BATCH, moments=kind, lr=1e-3)
     spec, device = SAESpec("bench", "topk", D_SAE, K, 0), torch.device("cpu")
-    sae = SAERun(spec, D_IN, settings, "", "", device, pick("cpu"), pick_precision("cpu"))
+    sae = SAERun(spec, {spec.hook_name: D_IN}, settings, "", "", device, pick("cpu"), pick_precision("cpu"))
     stats = input_stats(batches[:4].flatten(0, 1), "bench")
-    sae.initialise(stats)
+    sae.initialise({spec.hook_name: stats})
     times = []
     for step in range(n_steps):
         start = time.perf_counter()
-        sae.train_step(Inputs.of(batches[step % N_BATCHES], stats.scale), step)
+        sae.train_step(sae.inputs({spec.hook_name: batches[step % N_BATCHES]}), step)
         times.append(1e3 * (time.perf_counter() - start))
     held_out = held_out * stats.scale
     n_parameters = 2 * D_IN * D_SAE

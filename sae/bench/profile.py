@@ -23,7 +23,7 @@ from sae.kernels.operands import Index, Projection
 from sae.kernels.reference import AdamStep, Kernels
 from sae.train.grid import SAESpec
 from sae.train.initialise import input_stats
-from sae.train.run import Inputs, SAERun
+from sae.train.run import SAERun
 from sae.train.settings import TrainSettings
 
 COLUMNS = ["kernels", "part", "ms", "share"]
@@ -70,10 +70,9 @@ def _step(x: Tensor, kernels: str, d_sae: int, k: int) -> Callable[[], object]:
     settings = TrainSettings(total_tokens=10_000 * len(x), batch_tokens=len(x), kernels=kernels)
     precision = pick_precision("cpu", "float32" if kernels == "reference" else "auto")
     spec = SAESpec("bench", "topk", d_sae, k, 0)
-    sae = SAERun(spec, x.shape[1], settings, "", "", torch.device("cpu"), pick("cpu", kernels), precision)
-    stats = input_stats(x, "bench")
-    sae.initialise(stats)
-    return lambda: sae.train_step(Inputs.of(x, stats.scale), 0)
+    sae = SAERun(spec, {"bench": x.shape[1]}, settings, "", "", torch.device("cpu"), pick("cpu", kernels), precision)
+    sae.initialise({"bench": input_stats(x, "bench")})
+    return lambda: sae.train_step(sae.inputs({"bench": x}), 0)
 
 
 def _dense_parts(x: Tensor, d_sae: int, k: int) -> dict[str, Callable[[], object]]:

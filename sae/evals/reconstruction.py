@@ -5,6 +5,8 @@
         meter.update(acts)
     print(meter.result().fvu)
 
+Of a transcoder or crosscoder, `target` is what it is to reconstruct; below, x stands for that then.
+
 FVU is about the global mean of the data, so its value does not depend on how the data were cut into batches, and an
 SAE that has only learned the mean scores 1, however large the mean.
 """
@@ -61,14 +63,14 @@ class ReconstructionMeter:
         self.sae = sae
         self.n_tokens = 0
         device = sae.device
-        self._mean = torch.zeros(sae.config.d_in, dtype=torch.float64, device=device)
+        self._mean = torch.zeros(sae.config.width_out, dtype=torch.float64, device=device)
         self._variation = torch.zeros((), dtype=torch.float64, device=device)
         self._sums = torch.zeros(4, dtype=torch.float64, device=device)
         self._fired: Int[Tensor, " d_sae"] = torch.zeros(sae.config.d_sae, dtype=torch.int64, device=device)
 
     @torch.no_grad()
-    def update(self, x: Float[Tensor, "... d_in"]) -> None:
-        """Add activations; any leading shape.
+    def update(self, x: Float[Tensor, "... d_in"], target: Float[Tensor, "... d_out"] | None = None) -> None:
+        """Add activations; any leading shape. The target is x where none is given.
 
         Raises:
             UserError: the activations have another width than the SAE.
@@ -77,9 +79,10 @@ class ReconstructionMeter:
         x = x.reshape(-1, x.shape[-1]).to(self.sae.device)
         if len(x) == 0:
             return
+        target = x if target is None else target.reshape(-1, target.shape[-1]).to(self.sae.device)
         recons, latent_acts = self.sae(x)
         self._fired += (latent_acts != 0).sum(0)
-        x, recons = x.double(), recons.double()
+        x, recons = target.double(), recons.double()
         self._merge(x)
         square, dot = recons.square().sum(-1), (x * recons).sum(-1)
         norms = x.norm(dim=-1) * square.sqrt()

@@ -2,17 +2,23 @@
 
 Three passes per batch: clean, with reconstructions, with zeros in their place. `ce_recovered` saturates (zeros do so
 much harm that any SAE looks good), so the raw difference and the KL divergence always stand beside it.
+
+What a transcoder or crosscoder writes is made from the activations of a clean pass, and takes the place of all it
+reconstructs at once.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sae.autoencoder.crosscoder import Crosscoder
 from sae.autoencoder.sae import SAE
+from sae.autoencoder.site import Site
 from sae.errors import UserError
 from sae.lm.hooks import edit
 from sae.lm.tokens import TokenBatch, sae_mask
@@ -72,7 +78,7 @@ def splice_all(
     splice_mask: Callable[[TokenBatch], Bool[Tensor, "batch pos"]] | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> list[SpliceResult]:
-    """Measure many SAEs on the same tokens: one clean pass, one zero pass a hook point and one pass an SAE, per batch.
+    """Measure many SAEs on the same tokens: one clean pass, one zero pass a site and one pass an SAE, per batch.
 
     Args:
         lm: as in `splice`.
@@ -85,7 +91,8 @@ def splice_all(
     Raises:
         UserError: there is no prediction to count, or an SAE does not fit its hook point.
     """
-    hooks = [sae.config.hook_name for sae in saes] if hook_names is None else list(hook_names)
+    sites = [sae.config.site for sae in saes] if hook_names is None else [Site((name,), (name,)) for name in hook_names]
+    elsewhere = list(dict.fromkeys(name for site in sites if site.kind != "sae" for name in site.reads))
     totals = [_Totals() for _ in saes]
     for batch in batches:
         where = sae_mask(batch.roles) if splice_mask is None else splice_mask(batch)
@@ -97,12 +104,14 @@ def splice_all(
             return logits[:, :-1][counted.to(logits.device)].float().log_softmax(-1)
 
         clean = logs({})
+        read = lm.activations(batch, elsewhere) if elsewhere else {}
         targets = batch.tokens[:, 1:].to(clean.device)[counted.to(clean.device)]
-        for hook in dict.fromkeys(hooks):  # one at a time: log-probabilities over a large vocabulary are gigabytes
-            zero = logs({hook: _replace(where, torch.zeros_like)})
-            for sae, own, total in zip(saes, hooks, totals, strict=True):
-                if own == hook:
-                    total.add(clean, logs({hook: _replace(where, _reconstruct(sae))}), zero, targets)
+        for writes in dict.fromkeys(site.writes for site in sites):
+            # One at a time: log-probabilities over a large vocabulary are gigabytes.
+            zero = logs({name: _replace(where, torch.zeros_like) for name in writes})
+            for sae, site, total in zip(saes, sites, totals, strict=True):
+                if site.writes == writes:
+                    total.add(clean, logs(_edits(sae, site, where, read)), zero, targets)
             del zero
         progress()
     return [total.result() for total in totals]
@@ -145,8 +154,17 @@ class _Totals:
         )
 
 
-def _reconstruct(sae: SAE) -> Callable[[Tensor], Tensor]:
-    return lambda acts: sae(acts).recons
+def _edits(sae: SAE, site: Site, where: Tensor, read: Mapping[str, Tensor]) -> dict[str, Callable[..., Tensor]]:
+    """What puts the reconstruction in place, by hook point."""
+    if site.kind == "sae":
+        return {site.writes[0]: _replace(where, lambda acts: sae(acts).recons)}
+    recons = sae(torch.cat([read[name] for name in site.reads], dim=-1)).recons
+    parts = sae.split(recons) if isinstance(sae, Crosscoder) else [recons]
+    return {name: _replace(where, partial(_instead, part)) for name, part in zip(site.writes, parts, strict=True)}
+
+
+def _instead(new: Tensor, acts: Tensor) -> Tensor:
+    return new
 
 
 def _replace(where: Tensor, fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Any], Tensor]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from sae.autoencoder.site import Site
 from sae.config import DataConfig, LMConfig, RunConfig
 from sae.errors import UserError
 from sae.files import is_done, read_json, sha256_file, sha256_json, to_plain
@@ -32,8 +33,13 @@ def open_lm(config: LMConfig) -> LanguageModel:
 
 
 def pick_hooks(config: RunConfig, lm: LanguageModel) -> list[str]:
-    """The configured hook points, checked; or resid_post at a quarter, half and three quarters of the depth."""
-    names = list(config.harvest.hook_names)
+    """The configured hook points, checked: those named; those of the SAEs' sites; or resid_post at 1/4, 1/2, 3/4."""
+    named = list(config.harvest.hook_names)
+    sites = list(dict.fromkeys(name for text in config.sae.sites for name in Site.parse(text).hooks))
+    for name in sites if named else ():
+        if name not in named:
+            raise UserError(f"sae.sites names {name!r}, but harvest.hook_names={named} does not: add it, or leave out.")
+    names = named or sites
     if not names:
         layers = sorted({-(-lm.n_layers * quarter // 4) - 1 for quarter in (1, 2, 3)})
         names = [f"blocks.{layer}.hook_resid_post" for layer in layers]

@@ -60,7 +60,7 @@ def measure_reconstruction(
     lm: LanguageModel, saes: list[SAE], held_out: PackedTokens, config: RunConfig
 ) -> list[ReconstructionResult]:
     """Run the model once over the held-out rows and feed every SAE."""
-    hooks = list(dict.fromkeys(sae.config.hook_name for sae in saes))
+    hooks = list(dict.fromkeys(name for sae in saes for name in sae.config.site.hooks))
     passes = Passes(
         lm,
         held_out,
@@ -73,7 +73,9 @@ def measure_reconstruction(
         for number in range(len(passes)):
             acts = passes(number).acts
             for meter in meters:
-                meter.update(acts[meter.sae.config.hook_name])
+                site = meter.sae.config.site
+                x, target = (torch.cat([acts[name] for name in names], dim=-1) for names in (site.reads, site.writes))
+                meter.update(x, target)
             bar.update()
     return [meter.result() for meter in meters]
 

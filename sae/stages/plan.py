@@ -30,7 +30,7 @@ from sae.stages.harvest import store_settings
 from sae.train import plan as training
 from sae.train.grid import SAESpec
 from sae.train.initialise import input_stats
-from sae.train.run import Inputs, SAERun
+from sae.train.run import SAERun
 from sae.train.settings import TrainSettings
 
 TIMED_STEPS = 3
@@ -140,7 +140,7 @@ def _check_kept(config: RunConfig, lm: LanguageModel) -> None:
 
 
 def _plan(lm: LanguageModel, specs: list[SAESpec], settings: TrainSettings, device: str) -> training.Plan:
-    d_in = {spec.hook_name: lm.d_in(spec.hook_name) for spec in specs}
+    d_in = {name: lm.d_in(name) for spec in specs for name in spec.site.hooks}
     precision = pick_precision(device, settings.encoder_dtype)
     return training.plan(specs, d_in, settings, pick(device, settings.kernels).name, precision)
 
@@ -197,14 +197,16 @@ def _measure_steps(config: RunConfig, specs: list[SAESpec], settings: TrainSetti
     seconds: dict[object, float] = {}
     total = 0.0
     for spec in specs:
-        acts = rows.acts[spec.hook_name].float()
-        kind = (spec.architecture, acts.shape[1], spec.d_sae, spec.l0)
+        acts = {name: rows.acts[name].float() for name in spec.site.hooks}
+        widths = {name: values.shape[1] for name, values in acts.items()}
+        kind = (spec.architecture, spec.site.kind, tuple(widths.values()), spec.d_sae, spec.l0)
         if kind not in seconds:
-            run = SAERun(spec, acts.shape[1], settings, "", "", torch.device(device), kernels, precision)
-            stats = input_stats(acts, spec.hook_name)
-            run.initialise(stats)
-            repeats = -(-settings.batch_tokens // len(acts))
-            batch = Inputs.of(acts.repeat(repeats, 1)[: settings.batch_tokens].to(device), stats.scale)
+            run = SAERun(spec, widths, settings, "", "", torch.device(device), kernels, precision)
+            run.initialise({name: input_stats(values, name) for name, values in acts.items()})
+            repeats = -(-settings.batch_tokens // len(rows.tokens.token))
+            batch = run.inputs(
+                {name: x.repeat(repeats, 1)[: settings.batch_tokens].to(device) for name, x in acts.items()}
+            )
             times = []
             for step in range(1 + TIMED_STEPS):
                 start = time.perf_counter()

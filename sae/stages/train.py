@@ -15,6 +15,7 @@ import torch
 from sae.activations.prefetch import Prefetch
 from sae.activations.reader import StoreReader
 from sae.activations.stream import ActivationStream, LiveStream, StoreStream
+from sae.autoencoder.sparsity import check_options
 from sae.config import RunConfig, Stream
 from sae.device import pick_device
 from sae.files import is_done, lock, sha256_json, write_json, write_manifest
@@ -25,6 +26,7 @@ from sae.report.terminal import summary_table
 from sae.stages import common, plan
 from sae.stages.harvest import ensure_store, ensure_tokens, make_passes, store_settings
 from sae.train.checkpoint import latest
+from sae.train.controls import TRAINED
 from sae.train.grid import SAESpec, grid
 from sae.train.settings import TrainSettings
 from sae.train.trainer import CHECKPOINTS, Interrupted, TrainResult, train
@@ -71,6 +73,11 @@ def make_settings(config: RunConfig) -> TrainSettings:
         lr=options.lr,
         lr_warmup_steps=options.lr_warmup_steps,
         lr_decay_fraction=options.lr_decay_fraction,
+        sparsity_warmup_steps=options.sparsity_warmup_steps,
+        options=dict(config.sae.options),
+        adam_betas=None if options.adam_betas is None else (options.adam_betas[0], options.adam_betas[1]),
+        centre=options.centre,
+        k_aux=options.k_aux,
         clip=options.clip,
         auxk_alpha=options.auxk_alpha,
         dead_after_tokens=options.dead_after_tokens,
@@ -83,9 +90,14 @@ def make_settings(config: RunConfig) -> TrainSettings:
 
 
 def make_grid(config: RunConfig, lm: LanguageModel) -> list[SAESpec]:
-    """The configured grid."""
-    hook_names = common.pick_hooks(config, lm)
-    return grid(hook_names, config.sae.d_sae, config.sae.architecture, config.sae.l0, config.sae.seed)
+    """The configured grid, checked before anything is harvested for it."""
+    options = config.sae
+    check_options(options.options, options.architecture)
+    sites = options.sites or common.pick_hooks(config, lm)
+    controls = [TRAINED if name == "none" else name for name in options.control]
+    return grid(
+        sites, options.d_sae, options.architecture, options.l0, options.seed, controls=controls, skip=options.skip
+    )
 
 
 def ensure_trained(config: RunConfig, lm: LanguageModel) -> list[Path]:

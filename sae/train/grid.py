@@ -1,12 +1,14 @@
-"""The grid of SAEs one run trains from one stream: hook points x widths x architectures x targets x seeds."""
+"""The grid of SAEs one run trains from one stream: sites x widths x architectures x targets x seeds x controls."""
 
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
 
+from sae.autoencoder.site import Site
 from sae.autoencoder.sparsity import find_architecture
-from sae.errors import UserError
+from sae.errors import UserError, unknown
+from sae.train.controls import FROZEN, TRAINED
 
 
 @dataclass(frozen=True)
@@ -18,11 +20,16 @@ class SAESpec:
     """
 
     hook_name: str
+    """A hook point; or the site of a transcoder or crosscoder (see `sae.autoencoder.site`)."""
     architecture: str
     d_sae: int
     l0: float | int
     """Target mean number of active latents per token."""
     seed: int
+    control: str = TRAINED
+    """What must not be learned; see `sae.train.controls`."""
+    skip: bool = False
+    """A transcoder with a linear path beside the latents."""
 
     def __post_init__(self) -> None:
         if not self.hook_name or "/" in self.hook_name or "\\" in self.hook_name or self.hook_name.startswith("."):
@@ -33,12 +40,23 @@ class SAESpec:
         if not self.l0 > 0:
             raise UserError(f"target l0 = {self.l0:g} is not above 0: say how many latents should fire per token.")
         find_architecture(self.architecture).check(self.d_sae, self.l0)
+        kind = self.site.kind
+        if self.control not in FROZEN:
+            raise unknown("control", self.control, [name for name in FROZEN if name])
+        if self.skip and kind != "transcoder":
+            raise UserError(f"{self.hook_name!r} is no transcoder's site, so it can have no skip: leave sae.skip out.")
+
+    @property
+    def site(self) -> Site:
+        """The hook points it reads and writes."""
+        return Site.parse(self.hook_name)
 
     @property
     def folder(self) -> str:
-        """Where the SAE is saved, relative to the run: `<hook_name>/<architecture>-<d_sae>-l0_<l0>-s<seed>`."""
+        """Where the SAE is saved, relative to the run: `<site>/<architecture>-<d_sae>-l0_<l0>-s<seed>[-<more>]`."""
         l0 = str(int(self.l0)) if self.l0 == int(self.l0) else repr(self.l0)
-        return f"{self.hook_name}/{self.architecture}-{self.d_sae}-l0_{l0}-s{self.seed}"
+        more = ("-skip" if self.skip else "") + (f"-{self.control}" if self.control else "")
+        return f"{self.site.folder}/{self.architecture}-{self.d_sae}-l0_{l0}-s{self.seed}{more}"
 
 
 def grid(
@@ -47,17 +65,19 @@ def grid(
     architectures: Iterable[str],
     l0: Iterable[float | int],
     seeds: Iterable[int],
+    controls: Iterable[str] = (TRAINED,),
+    skip: bool = False,
 ) -> list[SAESpec]:
-    """Every combination, in the order given, hook points outermost.
+    """Every combination, in the order given, sites outermost.
 
     Raises:
         UserError: an axis is empty, a combination occurs twice, or a value is out of range.
     """
-    axes = (list(hook_names), list(architectures), list(d_sae), list(l0), list(seeds))
-    for name, values in zip(("hook_names", "architectures", "d_sae", "l0", "seeds"), axes, strict=True):
+    axes = (list(hook_names), list(architectures), list(d_sae), list(l0), list(seeds), list(controls))
+    for name, values in zip(("hook_names", "architectures", "d_sae", "l0", "seeds", "controls"), axes, strict=True):
         if not values:
             raise UserError(f"the SAE grid has no {name}: give at least one.")
-    specs = [SAESpec(*values) for values in product(*axes)]
+    specs = [SAESpec(*values, skip=skip) for values in product(*axes)]
     check_specs(specs)
     return specs
 

@@ -10,14 +10,25 @@ from torch import Tensor
 from sae.autoencoder.sae import SAE
 from sae.kernels.moments import Moments
 from sae.kernels.reference import AdamStep, Kernels
+from sae.train.controls import FROZEN, SOFT, TRAINED, pull_back
 from sae.train.settings import TrainSettings
 
 ADAM_EPS = 1e-8
 
 
-def default_lr(d_sae: int) -> float:
-    """2e-4 / sqrt(d_sae / 2^14): the scaling law of 2406.04093 as sparsify and dictionary_learning use it."""
-    return float(2e-4 / (d_sae / 2**14) ** 0.5)
+LR_SCALE = 2.7
+LARGEST_TURN = 0.15
+"""Adam moves every coordinate by about the learning rate, so a row of norm 1 turns by about lr * sqrt(d_in) radians."""
+
+
+def default_lr(d_in: int, d_sae: int, n_steps: int) -> float:
+    """2.7 / sqrt(d_in) / (d_sae * n_steps)^(1/4), at most 0.15 / sqrt(d_in).
+
+    Fitted to sweeps on real activations and mixtures (docs/lab-notes.md): short runs want far larger rates than the
+    published laws, which are for hundreds of thousands of steps, say; there it comes to theirs (2.3e-4 at d_in 2304,
+    d_sae 2^14 and 244,000 steps, where 2406.04093's law, as sparsify uses it, gives 2e-4 and SAEBench takes 3e-4).
+    """
+    return float(min(LR_SCALE / (d_sae * n_steps) ** 0.25, LARGEST_TURN) / d_in**0.5)
 
 
 def lr_factor(step: int, n_steps: int, warmup_steps: int, decay_fraction: float) -> float:
@@ -48,21 +59,29 @@ class Optimiser:
         sae: the autoencoder; its parameters are moved in place.
         settings: rates, clipping, and how moments are kept.
         kernels: what computes the step.
+        control: what must not be learned; see `sae.train.controls`.
     """
 
-    def __init__(self, sae: SAE, settings: TrainSettings, kernels: Kernels) -> None:
+    def __init__(self, sae: SAE, settings: TrainSettings, kernels: Kernels, control: str = TRAINED) -> None:
         self.sae = sae
         self.settings = settings
         self.kernels = kernels
-        self.lr = default_lr(sae.config.d_sae) if settings.lr is None else settings.lr
-        self.betas = sae.sparsity.adam_betas
+        given, config = settings.lr, sae.config
+        self.lr = default_lr(config.d_in, config.d_sae, settings.n_steps) if given is None else given
+        self.betas = settings.adam_betas or sae.sparsity.adam_betas
         self.step_count = 0
+        self.frozen = FROZEN[control]
+        self.start = sae.W_dec.detach().clone() if control == SOFT else None  # drawn from the seed: not part of a state
         self.parts = {name: self._part(name, number) for number, name in enumerate(self._named())}
         warmup = settings.lr_warmup_steps
         self.warmup_steps = min(1000, settings.n_steps // 20) if warmup is None else warmup
 
     def _named(self) -> dict[str, Tensor]:
         return dict(self.sae.named_parameters())
+
+    def _lengths(self) -> set[str]:
+        sparsity = self.sae.sparsity
+        return {name for name, _ in sparsity.named_parameters()} - sparsity.unitless
 
     def _part(self, name: str, number: int) -> _Part:
         parameter = self._named()[name].detach()
@@ -71,7 +90,8 @@ class Optimiser:
         is_matrix = name in ("W_enc", "W_dec")
         # Biases and thresholds are lengths in a space where inputs have norm sqrt(d_in); the recipes' learning rates
         # are for inputs of norm 1. Adam's steps have the size of the learning rate, so it must grow with the unit.
-        unit = 1.0 if is_matrix else self.sae.config.d_in**0.5
+        is_length = name in ("b_enc", "b_dec") or name.removeprefix("sparsity.") in self._lengths()
+        unit = self.sae.config.d_in**0.5 if is_length else 1.0
         kind = self.settings.moments if is_matrix else "float32"
         seed = self.sae.config.seed * 64 + number
         return _Part(rows, Moments.zeros(kind, rows), unit, name == "W_dec", seed)
@@ -88,7 +108,7 @@ class Optimiser:
         grads = {
             name: _as_rows(name, parameter.grad)
             for name, parameter in self._named().items()
-            if parameter.grad is not None
+            if parameter.grad is not None and name not in self.frozen
         }
         norms = {
             name: self.kernels.row_norms(grad, self.parts[name].rows if self.parts[name].on_sphere else None)
@@ -100,6 +120,8 @@ class Optimiser:
             part = self.parts[name]
             adam = AdamStep(self.lr * factor * part.lr_unit, *self.betas, ADAM_EPS, self.step_count, part.seed)
             self.kernels.adam(part.rows, grad, part.moments, adam, scale, norms[name].along)
+        if self.start is not None:
+            pull_back(self.parts["W_dec"].rows, self.start)
         self.sae.zero_grad(set_to_none=True)
         return norm
 

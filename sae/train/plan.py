@@ -8,6 +8,10 @@ memory = weights + moments of every SAE, which stay
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from sae.autoencoder.architectures.gated import Gated
+from sae.autoencoder.architectures.jumprelu import JumpReLU
+from sae.autoencoder.architectures.relu import ReLU
+from sae.autoencoder.architectures.topk import TopK
 from sae.autoencoder.sparsity import Sparsity, find_architecture
 from sae.errors import UserError
 from sae.kernels.cpu import CHUNK_BYTES, CHUNK_ROWS
@@ -33,6 +37,8 @@ DEAD_SHARE = 0.1
 are, a step takes more memory than estimated: copies of their rows, and their gradients."""
 DENSE_FROM = 0.15
 """Target density above which jumprelu is taken to go the dense way; kernels differ."""
+NESTED = 6
+"""Stages that a nested reconstruction is taken to have."""
 DENSE_COPIES = 6
 """[batch d_sae] fp32 matrices alive at once on the dense path."""
 
@@ -73,43 +79,70 @@ def plan(
         kernels: name of the kernels that will run (see `sae.kernels.pick`).
         precision: of the encoder product.
     """
-    matrices = [2 * spec.d_sae * d_in[spec.hook_name] for spec in specs]
+    width = {spec: Width.of(spec, d_in) for spec in specs}
+    matrices = [spec.d_sae * width[spec].both for spec in specs]
     weights, moments = 4 * sum(matrices), BYTES_PER_PARAMETER[settings.moments] * sum(matrices)
-    steps = [_step(spec, d_in[spec.hook_name], settings, kernels, precision) for spec in specs]
-    widths = [d_in[name] for name in dict.fromkeys(spec.hook_name for spec in specs)]
+    steps = [_step(spec, width[spec], settings, kernels, precision) for spec in specs]
+    widths = [d_in[name] for name in dict.fromkeys(name for spec in specs for name in spec.site.hooks)]
+    joined = [Width.of(spec, d_in).both for spec in specs if spec.site.kind == "crosscoder"]
     gradients, workspace = max(steps, key=sum)
-    start = max(_start(spec, d_in[spec.hook_name]) for spec in specs)
+    start = max(_start(spec) for spec in specs)
     workspace = max(workspace, start - gradients)
     return Plan(
         weights,
         moments,
         gradients,
         workspace,
-        2 * 4 * settings.batch_tokens * sum(widths),  # as the stream gives it, and scaled
+        # As the stream gives it, and scaled; a crosscoder's sources side by side once more.
+        4 * settings.batch_tokens * (2 * sum(widths) + max(joined, default=0) // 2),
         (KEEP + 1) * (weights + moments),
         weights,
     )
 
 
-def _step(spec: SAESpec, d_in: int, settings: TrainSettings, kernels: str, precision: Precision) -> tuple[int, int]:
+class Width(NamedTuple):
+    """Of what an SAE reads and writes."""
+
+    read: int
+    write: int
+
+    @classmethod
+    def of(cls, spec: SAESpec, d_in: Mapping[str, int]) -> "Width":
+        """Add up the hook points of the site."""
+        return cls(sum(d_in[name] for name in spec.site.reads), sum(d_in[name] for name in spec.site.writes))
+
+    @property
+    def both(self) -> int:
+        """Numbers a latent has in the two matrices."""
+        return self.read + self.write
+
+
+def _step(spec: SAESpec, width: Width, settings: TrainSettings, kernels: str, precision: Precision) -> tuple[int, int]:
     """Gradients, and working space beside them, of one SAE's step at its fullest."""
     batch, d_sae = settings.batch_tokens, spec.d_sae
-    gradients = 4 * 2 * d_sae * d_in
+    gradients = 4 * d_sae * width.both
     if kernels == "reference":
         return gradients, 4 * batch * d_sae * DENSE_COPIES
-    tokens = 4 * 4 * batch * d_in  # centred inputs, reconstructions, error, its gradient
+    stages = _stages(spec)
+    # Centred inputs; then reconstructions, error and its gradient, at every stage.
+    tokens = 4 * batch * (width.read + 3 * stages * width.write)
     low = precision is not Precision.float32
-    search = d_sae * d_in * (precision.dtype.itemsize if low else 0)
+    search = d_sae * width.read * (precision.dtype.itemsize if low else 0)
     row_bytes = d_sae * precision.dtype.itemsize
     chunk = min(batch * row_bytes, max(CHUNK_BYTES, CHUNK_ROWS * row_bytes))
-    near = 1.0 if spec.architecture == "topk" else NEAR
+    near = 1.0 if issubclass(find_architecture(spec.architecture), TopK) else NEAR
     entries = int(ENTRY_BYTES * near * spec.l0 * batch)
-    matrix = 4 * batch * d_sae * DENSE_COPIES if _may_be_dense(spec) else _auxk(spec, d_in, settings)
+    matrix = 4 * batch * d_sae * DENSE_COPIES if _may_be_dense(spec) else _auxk(spec, width, settings)
     # The search is over before the first gradient is made, but allocators keep what it took for the next one.
     return gradients, tokens + search + chunk + entries + matrix
 
 
-def _start(spec: SAESpec, d_in: int) -> int:
+def _stages(spec: SAESpec) -> int:
+    """Stages of a nested reconstruction, about; 1 for all others."""
+    return NESTED if find_architecture(spec.architecture).levels is not Sparsity.levels else 1
+
+
+def _start(spec: SAESpec) -> int:
     """Working space while thresholds are set, before the first step."""
     if find_architecture(spec.architecture).initialise is Sparsity.initialise:
         return 0
@@ -119,17 +152,17 @@ def _start(spec: SAESpec, d_in: int) -> int:
 def _may_be_dense(spec: SAESpec) -> bool:
     """Architectures that start dense, or know no sparse path."""
     architecture = find_architecture(spec.architecture)
-    many = spec.architecture == "jumprelu" and spec.l0 > DENSE_FROM * spec.d_sae
-    return spec.architecture == "relu" or many or architecture.select is Sparsity.select
+    many = issubclass(architecture, JumpReLU) and spec.l0 > DENSE_FROM * spec.d_sae
+    return issubclass(architecture, ReLU | Gated) or many or architecture.select is Sparsity.select
 
 
-def _auxk(spec: SAESpec, d_in: int, settings: TrainSettings) -> int:
+def _auxk(spec: SAESpec, width: Width, settings: TrainSettings) -> int:
     """Working space of the auxiliary loss: rows of dead latents, their gradients, and their pre-activations."""
-    possible = settings.total_tokens > settings.dead_after_tokens and settings.auxk_alpha > 0
+    possible = settings.total_tokens > settings.dead_after and settings.auxk_alpha > 0
     if not possible or not find_architecture(spec.architecture).uses_auxk:
         return 0
     n_dead = int(DEAD_SHARE * spec.d_sae)
-    return 4 * n_dead * (4 * d_in + 3 * settings.batch_tokens)
+    return 4 * n_dead * (2 * width.both + 3 * settings.batch_tokens)
 
 
 def check_memory(plan: Plan, available: int, what: str) -> None:

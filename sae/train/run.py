@@ -1,15 +1,18 @@
 """One SAE in training: its weights in normalised units, its optimiser, and when each latent last fired."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae.autoencoder.gradients import AuxK, TrainingLoss, loss_and_gradients, variance
-from sae.autoencoder.sae import SAE, SAEConfig
+from sae.autoencoder.sae import SAEConfig, make
+from sae.autoencoder.site import Site
+from sae.autoencoder.sparsity import find_architecture
 from sae.kernels.operands import Precision, Workspace
 from sae.kernels.reference import Kernels
 from sae.train.grid import SAESpec
@@ -29,18 +32,24 @@ class FinalStats(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """A batch at one hook point, shared by all its SAEs."""
+    """A batch at one site, shared by all its SAEs. Scaled so that E||x||^2 = d at every hook point, fp32."""
 
     x: Float[Tensor, "batch d_in"]
-    """Scaled so that E||x||^2 = d_in, fp32."""
+    target: Float[Tensor, "batch d_out"]
+    """The same as x, but for transcoders."""
     variance: Tensor
-    """Scalar: sum of squares about the batch mean."""
+    """Scalar: sum of squares of the target about its batch mean."""
 
     @classmethod
-    def of(cls, acts: Float[Tensor, "batch d_in"], scale: float) -> "Inputs":
-        """Scale raw activations."""
-        x = acts * scale
-        return cls(x, variance(x))
+    def of(cls, scaled: Mapping[str, Float[Tensor, "batch d"]], site: Site) -> "Inputs":
+        """Pick a site's own from the scaled activations of all hook points."""
+
+        def joined(names: tuple[str, ...]) -> Tensor:
+            return scaled[names[0]] if len(names) == 1 else torch.cat([scaled[name] for name in names], dim=1)
+
+        x = joined(site.reads)
+        target = x if site.reads == site.writes else joined(site.writes)
+        return cls(x, target, variance(target))
 
 
 class StepResult(NamedTuple):
@@ -57,7 +66,7 @@ class SAERun:
     def __init__(
         self,
         spec: SAESpec,
-        d_in: int,
+        widths: Mapping[str, int],
         settings: TrainSettings,
         lm_name: str,
         lm_fingerprint: str,
@@ -71,6 +80,8 @@ class SAERun:
         self.kernels, self.precision = kernels, precision
         self.workspace = workspace or Workspace()  # shared by the SAEs of a grid, which step one after another
         self.auxk = AuxK(settings.auxk_alpha, settings.k_aux)
+        site = spec.site
+        d_in, d_out = (sum(widths[name] for name in names) for names in (site.reads, site.writes))
         config = SAEConfig(
             architecture=spec.architecture,
             d_in=d_in,
@@ -80,38 +91,46 @@ class SAERun:
             hook_name=spec.hook_name,
             lm_name=lm_name,
             lm_fingerprint=lm_fingerprint,
+            d_out=d_out if site.kind == "transcoder" else 0,
+            source_widths=[widths[name] for name in site.reads] if site.kind == "crosscoder" else [],
+            skip=spec.skip,
+            options=_own_options(spec, settings),
         )
-        self.sae = SAE(config, settings.sparsity_options()).to(device)
-        self.scale = 1.0
-        """Inputs are multiplied by it; folded into the weights at the end."""
-        self.optimiser = Optimiser(self.sae, settings, kernels)
+        self.sae = make(config, settings.schedule(spec.seed)).to(device)
+        self.scales = dict.fromkeys(site.hooks, 1.0)
+        """What the activations of each hook point are multiplied by; folded into the weights at the end."""
+        self.optimiser = Optimiser(self.sae, settings, kernels, spec.control)
         self.silent_tokens = torch.zeros(spec.d_sae, dtype=torch.int64, device=device)
         self.averages = torch.full((2,), torch.nan, dtype=torch.float64, device=device)
         """Running averages of l0 and fvu."""
 
-    def initialise(self, stats: InputStats) -> None:
-        """Take scale, centre and thresholds from the data."""
-        self.scale = stats.scale
-        device = self.sae.device
-        initialise(self.sae, InputStats(stats.scale, stats.centre.to(device), stats.sample.to(device)))
+    def initialise(self, stats: Mapping[str, InputStats]) -> None:
+        """Take scales, centre and thresholds from the data."""
+        self.scales = {name: stats[name].scale for name in self.spec.site.hooks}
+        initialise(self.sae, stats)
+
+    def inputs(self, acts: Mapping[str, Float[Tensor, "batch d"]]) -> Inputs:
+        """Its inputs from raw fp32 activations by hook point, for where it is the only SAE that wants them."""
+        return Inputs.of({name: acts[name] * scale for name, scale in self.scales.items()}, self.spec.site)
 
     def dead(self) -> Bool[Tensor, " d_sae"]:
         """Latents silent for `dead_after_tokens`."""
-        return self.silent_tokens >= self.settings.dead_after_tokens
+        return self.silent_tokens >= self.settings.dead_after
 
     def train_step(self, inputs: Inputs, step: int) -> StepResult:
         """Take optimiser step number `step` (from 0) on a batch."""
         # No latent can have been silent for longer than training has lasted: until then there is nothing to look for.
-        long_enough = (step + 1) * len(inputs.x) > self.settings.dead_after_tokens
+        long_enough = (step + 1) * len(inputs.x) > self.settings.dead_after
         loss = loss_and_gradients(
             self.sae,
             inputs.x,
             step,
             self.dead() if long_enough else None,
+            target=inputs.target,
             kernels=self.kernels,
             precision=self.precision,
             auxk=self.auxk,
-            x_variance=inputs.variance,
+            target_variance=inputs.variance,
             workspace=self.workspace,
         )
         grad_norm = self.optimiser.step(step)
@@ -130,7 +149,7 @@ class SAERun:
         found |= {f"adam.{name}": tensor for name, tensor in self.optimiser.state_tensors().items()}
         return {**found, "silent_tokens": self.silent_tokens, "averages": self.averages}
 
-    def load_state(self, tensors: Mapping[str, Tensor], scale: float) -> None:
+    def load_state(self, tensors: Mapping[str, Tensor], scales: Mapping[str, float]) -> None:
         """Restore a checkpoint."""
 
         def part(prefix: str) -> dict[str, Tensor]:
@@ -140,17 +159,30 @@ class SAERun:
         self.optimiser.load_state_tensors(part("adam."))
         self.silent_tokens.copy_(tensors["silent_tokens"])
         self.averages.copy_(tensors["averages"])
-        self.scale = scale
+        self.scales = dict(scales)
 
     def finish(self, folder: Path, identity: str) -> FinalStats:
-        """Fold the input scale into the weights and save them. The run is over: it cannot take another step."""
+        """Fold the scales into the weights and save them. The run is over: it cannot take another step."""
         l0, fvu = self.averages.tolist()
         final = FinalStats(l0, fvu, int(self.dead().sum()))
         sae = self.sae
-        sae.fold_input_scale(self.scale)
+        site = self.spec.site
+        reads, writes = ([self.scales[name] for name in names] for names in (site.reads, site.writes))
+        sae.fold_scales(reads, writes)
         n_tokens = self.settings.n_steps * self.settings.batch_tokens
         training = {**self.settings.identity(), "lr": self.optimiser.lr, "n_tokens": n_tokens, "run": identity}
-        training |= {"kernels": self.kernels.name, "input_scale": self.scale, **final._asdict()}
-        sae.config = SAEConfig(**{**sae.config.__dict__, "metadata": {"training": training}})
+        training |= {"kernels": self.kernels.name, "control": self.spec.control, **final._asdict()}
+        training |= {"input_scales": reads, "output_scales": writes}
+        sae.config = dataclasses.replace(sae.config, metadata={"training": training})
         sae.save(folder)
         return final
+
+
+def _own_options(spec: SAESpec, settings: TrainSettings) -> dict[str, Any]:
+    """The options given that are this architecture's, as JSON has them."""
+    known = {item.name for item in dataclasses.fields(find_architecture(spec.architecture).options_class)}
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in settings.options.items()
+        if name in known
+    }

@@ -2,16 +2,17 @@
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from sae.autoencoder.sparsity import SparsityOptions
+from sae.autoencoder.sparsity import Schedule
 from sae.errors import UserError, unknown
 from sae.kernels import NAMES as KERNELS
 from sae.kernels.moments import KINDS as MOMENTS
 from sae.kernels.operands import Precision
 
 ENCODER_DTYPES = ("auto", *(item.value for item in Precision))
+CENTRES = ("geometric_median", "mean", "zero")
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class TrainSettings:
     batch_tokens: int
     """Tokens per optimiser step; must be the stream's."""
     lr: float | None = None
-    """Peak learning rate; None means 2e-4 / sqrt(d_sae / 2^14) for each SAE."""
+    """Peak learning rate; None means `optim.default_lr` for each SAE."""
     lr_warmup_steps: int | None = None
     """Steps of linear warm-up; None means 1000 or 5% of the run, whichever is shorter."""
     lr_decay_fraction: float = 0.2
@@ -38,18 +39,17 @@ class TrainSettings:
     """Weight of the auxiliary loss that revives dead latents; 0 switches it off."""
     k_aux: int | None = None
     """Dead latents per token in it; None means d_in / 2."""
-    dead_after_tokens: int = 10_000_000
-    """A latent is dead when it has been silent for this many tokens."""
+    dead_after_tokens: int | None = None
+    """A latent is dead when it has been silent for this many tokens; None means 10 million or 5% of the run, whichever
+    is less."""
     sparsity_warmup_steps: int | None = None
     """Steps over which penalties grow (relu, jumprelu); None means 5000 or 10% of the run, whichever is shorter."""
-    bandwidth: float = SparsityOptions.bandwidth
-    """Width of JumpReLU's straight-through window, in units where E||x||^2 = d_in."""
-    l0_coefficient: float = SparsityOptions.l0_coefficient
-    """Weight of JumpReLU's ((L0 / target) - 1)^2."""
-    l1_init: float = SparsityOptions.l1_init
-    """Where relu's l1 coefficient starts; it is adapted to meet the target L0."""
-    threshold_beta: float = SparsityOptions.threshold_beta
-    """Decay of BatchTopK's average threshold."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Options of the architectures (see each one's `Options`); each takes those that are its own."""
+    adam_betas: tuple[float, float] | None = None
+    """None means the architecture's, (0.9, 0.999) for all that come with the package."""
+    centre: str = "geometric_median"
+    """What b_dec starts at: geometric_median, mean or zero."""
     init_batches: int = 4
     """Batches read to set the input scale, b_dec and thresholds; the stream is then rewound."""
     encoder_dtype: str = "auto"
@@ -67,16 +67,18 @@ class TrainSettings:
     """Steps between logged metrics."""
 
     def __post_init__(self) -> None:
-        for name in ("total_tokens", "batch_tokens", "init_batches", "log_every", "dead_after_tokens"):
+        for name in ("total_tokens", "batch_tokens", "init_batches", "log_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} = {getattr(self, name)} is less than 1: raise it.")
         if self.total_tokens < self.batch_tokens:
             raise UserError(
                 f"total_tokens = {self.total_tokens} is less than one batch of {self.batch_tokens} tokens: raise it."
             )
-        for name in ("clip", "auxk_alpha", "checkpoint_every", "checkpoint_seconds", "l0_coefficient"):
+        for name in ("clip", "auxk_alpha", "checkpoint_every", "checkpoint_seconds"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"{name} = {getattr(self, name)} is negative or not finite: use 0 or more.")
+        if self.dead_after_tokens is not None and self.dead_after_tokens < 1:
+            raise UserError(f"dead_after_tokens = {self.dead_after_tokens} is less than 1: raise it, or leave it out.")
         for name in ("lr", "lr_warmup_steps", "sparsity_warmup_steps", "k_aux"):
             if getattr(self, name) is not None and not 0 <= getattr(self, name) < math.inf:
                 raise UserError(
@@ -84,13 +86,12 @@ class TrainSettings:
                 )
         if self.k_aux == 0:
             raise UserError("k_aux = 0 revives nothing: use 1 or more, or auxk_alpha = 0 to switch it off.")
-        for name in ("bandwidth", "l1_init"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"{name} = {getattr(self, name)} is not above 0: raise it.")
         if not 0 <= self.lr_decay_fraction <= 1:
             raise UserError(f"lr_decay_fraction = {self.lr_decay_fraction} is not between 0 and 1.")
-        if not 0 <= self.threshold_beta < 1:
-            raise UserError(f"threshold_beta = {self.threshold_beta} is not between 0 and 1 (1 excluded).")
+        if self.adam_betas is not None and not all(0 <= beta < 1 for beta in self.adam_betas):
+            raise UserError(f"adam_betas = {list(self.adam_betas)} are not both between 0 and 1 (1 excluded).")
+        if self.centre not in CENTRES:
+            raise unknown("centre", self.centre, list(CENTRES))
         if self.encoder_dtype not in ENCODER_DTYPES:
             raise unknown("encoder_dtype", self.encoder_dtype, list(ENCODER_DTYPES))
         if self.moments not in MOMENTS:
@@ -103,18 +104,17 @@ class TrainSettings:
         """Optimiser steps of the whole run."""
         return self.total_tokens // self.batch_tokens
 
-    def sparsity_options(self) -> SparsityOptions:
-        """The part of the settings that architectures see."""
+    @property
+    def dead_after(self) -> int:
+        """Tokens of silence after which a latent is dead."""
+        if self.dead_after_tokens is not None:
+            return self.dead_after_tokens
+        return min(10_000_000, max(10 * self.batch_tokens, self.total_tokens // 20))
+
+    def schedule(self, seed: int) -> Schedule:
+        """What the architecture of an SAE with this seed knows of the run."""
         warmup = self.sparsity_warmup_steps
-        return SparsityOptions(
-            warmup_steps=min(5000, self.n_steps // 10) if warmup is None else warmup,
-            bandwidth=self.bandwidth,
-            l0_coefficient=self.l0_coefficient,
-            l1_init=self.l1_init,
-            # The controller must arrive within the run, yet not race ahead of the weights in a long one.
-            l1_gain=min(0.03, max(0.003, 10 / self.n_steps)),
-            threshold_beta=self.threshold_beta,
-        )
+        return Schedule(self.n_steps, min(5000, self.n_steps // 10) if warmup is None else warmup, seed)
 
     def identity(self) -> dict[str, Any]:
         """The settings that can change a trained weight; how often to log or save is not among them.

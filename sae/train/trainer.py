@@ -22,12 +22,13 @@ from torch import Tensor
 
 from sae import files
 from sae.autoencoder.gradients import TrainingLoss
+from sae.autoencoder.sparsity import check_options
 from sae.errors import UserError, unknown
 from sae.kernels import pick, pick_precision
 from sae.kernels.operands import Workspace
 from sae.train import checkpoint
 from sae.train.grid import SAESpec, check_specs
-from sae.train.initialise import input_stats
+from sae.train.initialise import input_stats, sample_rows
 from sae.train.interfaces import ActivationBatch, MetricSink, Stream
 from sae.train.run import Inputs, SAERun
 from sae.train.settings import TrainSettings
@@ -117,9 +118,7 @@ def train(
 
     workspace = Workspace()
     runs = [
-        SAERun(
-            spec, stream.d_in[spec.hook_name], settings, lm_name, lm_fingerprint, device, kernels, precision, workspace
-        )
+        SAERun(spec, stream.d_in, settings, lm_name, lm_fingerprint, device, kernels, precision, workspace)
         for spec in specs
     ]
     step, seconds_before = _restore(folder, stream, runs, identity)
@@ -127,6 +126,8 @@ def train(
         _initialise(runs, stream, settings)
         step = 0
 
+    sites = list(dict.fromkeys(run.spec.site for run in runs))
+    scales = {name: scale for run in runs for name, scale in run.scales.items()}
     start = saved_at = time.monotonic()
     problems = _NonFinite(device)
 
@@ -138,18 +139,17 @@ def train(
     with StopSignals() as stop:
         while step < settings.n_steps:
             batch = _next_batch(stream, step)
-            inputs: dict[str, Inputs] = {}
-            for run in runs:
-                name = run.spec.hook_name
-                if name not in inputs:  # the scale is the hook point's, so its SAEs share one copy
-                    acts = batch.acts[name].to(device, torch.float32)
-                    problems.watch(acts, f"activations at {name!r}", step)
-                    inputs[name] = Inputs.of(acts, run.scale)
+            scaled: dict[str, Tensor] = {}
+            for name, scale in scales.items():  # the scale is the hook point's, so all its SAEs share one copy
+                acts = batch.acts[name].to(device, torch.float32)
+                problems.watch(acts, f"activations at {name!r}", step)
+                scaled[name] = acts * scale
             problems.check_now_if_cheap()
+            inputs = {site: Inputs.of(scaled, site) for site in sites}
 
             losses: list[TrainingLoss] = []
             for run in runs:
-                loss, grad_norm = run.train_step(inputs[run.spec.hook_name], step)
+                loss, grad_norm = run.train_step(inputs[run.spec.site], step)
                 problems.watch(loss.total, f"the loss of {run.spec.folder!r}", step)
                 problems.watch(grad_norm, f"the gradient of {run.spec.folder!r}", step)
                 problems.check_now_if_cheap()
@@ -188,9 +188,10 @@ def _begun_with(folder: Path, settings: TrainSettings) -> str | None:
 
 def _check(stream: Stream, specs: list[SAESpec], settings: TrainSettings) -> None:
     check_specs(specs)
-    for spec in specs:
-        if spec.hook_name not in stream.d_in:
-            raise unknown("hook name", spec.hook_name, sorted(stream.d_in), "The stream must carry every hook point.")
+    check_options(settings.options, list(dict.fromkeys(spec.architecture for spec in specs)))
+    for name in (name for spec in specs for name in spec.site.hooks):
+        if name not in stream.d_in:
+            raise unknown("hook name", name, sorted(stream.d_in), "The stream must carry every hook point.")
     if stream.batch_tokens != settings.batch_tokens:
         raise UserError(
             f"the stream gives batches of {stream.batch_tokens} tokens, but batch_tokens = {settings.batch_tokens}: "
@@ -203,7 +204,7 @@ def _identity(stream: Stream, specs: list[SAESpec], settings: TrainSettings, lm_
         {
             "specs": specs,
             # As floats where they are numbers: a learning rate of 1 is one of 1.0.
-            "settings": {k: v if v is None or isinstance(v, str) else float(v) for k, v in settings.identity().items()},
+            "settings": {k: float(v) if isinstance(v, int) else v for k, v in settings.identity().items()},
             "lm_name": lm_name,
             "lm_fingerprint": lm_fingerprint,
             "d_in": dict(stream.d_in),
@@ -276,7 +277,7 @@ def _save_checkpoint(
     state = {
         "identity": identity,
         "seconds": seconds,
-        "scales": [run.scale for run in runs],
+        "scales": [run.scales for run in runs],
         "stream": stream.state_dict(),
         "python_rng": python_rng,
         "kernels": runs[0].kernels.name,
@@ -291,11 +292,14 @@ def _initialise(runs: list[SAERun], stream: Stream, settings: TrainSettings) -> 
     position = stream.state_dict()
     batches = [_next_batch(stream, 0).acts for _ in range(settings.init_batches)]
     stream.load_state_dict(position)
-    for name in {run.spec.hook_name for run in runs}:
-        stats = input_stats(torch.cat([batch[name].float().cpu() for batch in batches]), name)
-        for run in runs:
-            if run.spec.hook_name == name:
-                run.initialise(stats)
+    names = dict.fromkeys(name for run in runs for name in run.spec.site.hooks)
+    n_sample = max(sample_rows(run.spec.d_sae) for run in runs)
+    stats = {
+        name: input_stats(torch.cat([batch[name].float().cpu() for batch in batches]), name, settings.centre, n_sample)
+        for name in names
+    }
+    for run in runs:
+        run.initialise(stats)
 
 
 def _next_batch(stream: Stream, step: int) -> ActivationBatch:

@@ -14,7 +14,7 @@ from sae.bench.workers.protocol import Description, Request, Trainee
 from sae.kernels import pick, pick_precision
 from sae.train.grid import SAESpec
 from sae.train.initialise import input_stats
-from sae.train.run import Inputs, SAERun
+from sae.train.run import SAERun
 from sae.train.settings import TrainSettings
 
 DEFAULT = "default"
@@ -41,8 +41,8 @@ class Ours(Trainee):
         )
         device = torch.device(request.device)
         kernels, precision = pick(device, settings.kernels), pick_precision(device, settings.encoder_dtype)
-        spec = SAESpec(HOOK, request.architecture, request.d_sae, request.k, request.seed)
-        self.run = SAERun(spec, request.d_in, settings, "", "", device, kernels, precision)
+        spec = SAESpec(HOOK, request.architecture, request.d_sae, request.k, request.seed, request.control)
+        self.run = SAERun(spec, {HOOK: request.d_in}, settings, "", "", device, kernels, precision)
         self.n_steps = 0
         self.description = Description(
             dtype=precision.value,
@@ -53,12 +53,12 @@ class Ours(Trainee):
 
     def start(self, batches: Tensor) -> None:
         """Take the input scale, the centre and thresholds from the first batches."""
-        self.run.initialise(input_stats(batches.cpu(), HOOK))
+        self.run.initialise({HOOK: input_stats(batches.cpu(), HOOK)})
 
     def step(self, x: Tensor) -> None:
         """One step, as the trainer takes it, with its checks."""
         finite = torch.isfinite(x).all()
-        loss, grad_norm = self.run.train_step(Inputs.of(x.to(torch.float32), self.run.scale), self.n_steps)
+        loss, grad_norm = self.run.train_step(self.run.inputs({HOOK: x.to(torch.float32)}), self.n_steps)
         self.n_steps += 1
         finite = finite & torch.isfinite(loss.total) & torch.isfinite(grad_norm)
         if not x.is_cuda and not bool(finite):  # a GPU is asked only now and then: reading waits for it
@@ -66,7 +66,7 @@ class Ours(Trainee):
 
     def reconstruct(self, x: Tensor, selection: str) -> tuple[Tensor, Tensor]:
         """Encode and decode in raw units."""
-        sae, scale = self.run.sae, self.run.scale
+        sae, scale = self.run.sae, self.run.scales[HOOK]
         pre_acts = sae.pre_acts(x * scale)
         if selection == protocol.TRAINING:
             acts = sae.sparsity.train_acts(pre_acts)

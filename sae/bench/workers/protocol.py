@@ -6,7 +6,7 @@ One request a line on stdin, one reply a line on stdout, both JSON. `{"do": ...}
     build     architecture, d_in, d_sae, k, lr, n_steps, ... (see `Request`)  -> dtype, kernels, options
     load      path of a .npy [n_batches batch d_in] float32                   -> n_batches
     run       n_steps on the next batches, again from the first after the last -> ms, peak_bytes
-    evaluate  path of a .npy [tokens d_in], batch_tokens, selection            -> fvu, l0
+    evaluate  path of a .npy [tokens d_in], batch_tokens, selection            -> fvu, l0, dead_fraction
     quit
 
 A reply with `error` says why a request could not be done; the worker goes on. An idle worker is blocked on its pipe.
@@ -49,7 +49,8 @@ class Request:
     k: int
     """Target mean number of active latents a token."""
     batch_tokens: int
-    lr: float
+    lr: float | None
+    """Peak learning rate; None means the library's own default for such a run."""
     n_steps: int
     """Steps of the whole run, for schedules."""
     lr_warmup_steps: int = 0
@@ -59,6 +60,8 @@ class Request:
     """A latent silent for this many tokens is dead."""
     precision: str = FLOAT32
     """A mode of the worker: `float32`, `bfloat16-autocast`; ours has `default` and `reference`."""
+    control: str = ""
+    """What must not be learned; see `sae.train.controls`. Only ours knows any."""
     seed: int = 0
     threads: int = 2
     device: str = "cpu"
@@ -185,6 +188,7 @@ class Session:
         data = np.load(path, mmap_mode="r")
         mean = torch.from_numpy(np.mean(data, axis=0, dtype=np.float64))
         error = variance = active = 0.0
+        fired: Any = 0
         with torch.no_grad():
             for start in range(0, len(data), batch_tokens):
                 block = np.array(data[start : start + batch_tokens])
@@ -193,7 +197,8 @@ class Session:
                 error += float((exact - recons.detach().cpu().double()).square().sum())
                 variance += float((exact - mean).square().sum())
                 active += float((acts != 0).sum())
-        return {"fvu": error / variance, "l0": active / len(data)}
+                fired = (acts != 0).sum(0) + fired
+        return {"fvu": error / variance, "l0": active / len(data), "dead_fraction": float((fired == 0).float().mean())}
 
     def _built(self) -> Trainee:
         if self._trainee is None:

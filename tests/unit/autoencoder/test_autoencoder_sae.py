@@ -10,10 +10,20 @@ from hypothesis import strategies as st
 
 from sae import files
 from sae.autoencoder.sae import SAE, SAEConfig
-from sae.autoencoder.sparsity import ARCHITECTURES, Sparsity, SparsityOptions, register
+from sae.autoencoder.sparsity import ARCHITECTURES, Sparsity, register
 from sae.errors import UserError
 
-BUILT_IN = ["relu", "topk", "batch_topk", "jumprelu"]
+BUILT_IN = [
+    "relu",
+    "gated",
+    "topk",
+    "abs_topk",
+    "batch_topk",
+    "hierarchical_topk",
+    "jumprelu",
+    "matryoshka_batch_topk",
+    "matryoshka_jumprelu",
+]
 
 
 def make(architecture="topk", d_in=6, d_sae=12, l0=3.0, seed=0, noise=0.3):
@@ -24,6 +34,9 @@ def make(architecture="topk", d_in=6, d_sae=12, l0=3.0, seed=0, noise=0.3):
         sae.b_dec += noise * torch.randn(d_in, generator=generator)
         if hasattr(sae.sparsity, "threshold"):
             sae.sparsity.threshold += 0.2
+        if architecture == "gated":
+            sae.sparsity.log_gain += noise * torch.randn(d_sae, generator=generator)
+            sae.sparsity.shift += noise * torch.randn(d_sae, generator=generator)
     return sae
 
 
@@ -62,10 +75,11 @@ def test_same_seed_same_weights():
 def test_folding_the_input_scale_changes_nothing_but_units(architecture, scale):
     sae, x = make(architecture).double(), 10 * torch.randn(64, 6).double() / scale
     scaled = sae(x * scale)
-    sae.fold_input_scale(scale)
+    sae.fold_scales([scale], [scale])
     folded = sae(x)
-    torch.testing.assert_close(folded.latent_acts, scaled.latent_acts / scale)
-    torch.testing.assert_close(folded.recons, scaled.recons / scale)
+    # What architectures keep for themselves is fp32 always.
+    torch.testing.assert_close(folded.latent_acts, scaled.latent_acts / scale, rtol=1e-5, atol=0)
+    torch.testing.assert_close(folded.recons, scaled.recons / scale, rtol=1e-5, atol=1e-5 / scale)
     assert scaled.latent_acts.count_nonzero() == folded.latent_acts.count_nonzero() > 0
     torch.testing.assert_close(sae.W_dec.norm(dim=1).float(), torch.ones(12))
 
@@ -91,7 +105,7 @@ def test_jumprelu_and_batch_topk_are_strict_at_the_threshold():
     threshold = 0.2
     pre = torch.tensor([[threshold - 1e-3, threshold, threshold + 1e-3, -1.0]])
     for architecture in ("jumprelu", "batch_topk"):
-        sparsity = ARCHITECTURES[architecture](4, 1.0, SparsityOptions())
+        sparsity = ARCHITECTURES[architecture](4, 1.0)
         with torch.no_grad():
             sparsity.threshold += threshold
         assert (sparsity.infer_acts(pre) != 0).tolist() == [[False, False, True, False]]
@@ -99,9 +113,8 @@ def test_jumprelu_and_batch_topk_are_strict_at_the_threshold():
 
 def test_topk_keeps_k_and_batch_topk_keeps_k_on_average():
     pre = torch.rand(50, 20) + 0.1
-    options = SparsityOptions()
-    assert (ARCHITECTURES["topk"](20, 3.0, options).train_acts(pre) != 0).sum(1).tolist() == [3] * 50
-    batch = ARCHITECTURES["batch_topk"](20, 2.5, options)
+    assert (ARCHITECTURES["topk"](20, 3.0).train_acts(pre) != 0).sum(1).tolist() == [3] * 50
+    batch = ARCHITECTURES["batch_topk"](20, 2.5)
     for guess in (0.0, 0.9, 5.0):  # the running threshold is only a hint to the selection
         batch.threshold.fill_(guess)
         kept = batch.train_acts(pre)

@@ -73,10 +73,10 @@ def test_a_worker_answers_whatever_its_libraries_print(toy, activations, tmp_pat
     held_out = tmp_path / "held-out.npy"
     np.save(held_out, np.array([[1, 1], [-1, -1], [3, -3], [-3, 3]], dtype=np.float32))
     whole = toy.ask("evaluate", path=str(held_out), batch_tokens=3, selection="training")
-    assert whole == {"fvu": 0.0, "l0": 1.0}
+    assert whole == {"fvu": 0.0, "l0": 1.0, "dead_fraction": 0.0}
     # Reconstructing the mean, which is 0 here, explains nothing.
     mean = toy.ask("evaluate", path=str(held_out), batch_tokens=3, selection="inference")
-    assert mean == {"fvu": 1.0, "l0": 3.0}
+    assert mean == {"fvu": 1.0, "l0": 3.0, "dead_fraction": 0.0}
 
 
 def test_a_refusal_is_one_sentence_and_the_worker_goes_on(toy, activations):

@@ -58,6 +58,24 @@ def test_suite_train_beside_the_reference(bench, tmp_path):
     assert kept == ["name=b"], "sizes of one measurement are not those of the next"
 
 
+def test_suite_quality_beside_the_reference_and_the_controls(bench, tmp_path):
+    status, out, err = bench("suite=quality", "bench.peers=[reference]", "bench.docs=true")
+    assert status == 0, err
+    rows = json.loads((tmp_path / "runs" / "b" / "bench" / "result.json").read_text())["rows"]
+    assert len(rows) == 3 * 3
+    assert {row["peer"] for row in rows} == {"reference", "control: frozen_decoder", "control: random"}
+    for row in rows:
+        assert row["fvu_low_ours"] <= row["fvu_ours"] <= row["fvu_high_ours"]
+        assert row["ratio"] == pytest.approx(row["fvu_peer"] / row["fvu_ours"])
+        assert row["n_seeds"] == 3
+        if row["peer"] == "reference":
+            assert row["ratio"] == pytest.approx(1, abs=0.05)
+    of_topk = {row["peer"]: row["fvu_peer"] for row in rows if row["architecture"] == "topk"}
+    assert of_topk["reference"] < of_topk["control: random"]
+    assert "control: random" in (tmp_path / "docs" / "benchmarks.md").read_text()
+    assert "fvu_ours" in out
+
+
 def test_without_peers_or_a_gpu_it_says_so(bench, tmp_path):
     status, _, err = bench("suite=train")
     assert status == 2

@@ -17,7 +17,7 @@ from sae.train.grid import SAESpec
 from sae.train.initialise import sample_rows
 from sae.train.optim import Optimiser
 from sae.train.plan import plan
-from sae.train.run import Inputs, SAERun
+from sae.train.run import SAERun
 from sae.train.settings import TrainSettings
 from sae.train.trainer import train
 
@@ -110,12 +110,14 @@ def test_every_setting_that_can_change_a_weight_is_part_of_a_runs_identity():
 def test_latents_are_revived_as_soon_as_they_have_been_silent_for_dead_after_tokens(kernels, after):
     settings = replace(SETTINGS, dead_after_tokens=after)
     spec = SAESpec("h", "topk", 40, 4, 0)
-    run = SAERun(spec, 12, settings, "toy", "", torch.device("cpu"), pick("cpu", kernels), Precision.float32)
+    run = SAERun(
+        spec, {spec.hook_name: 12}, settings, "toy", "", torch.device("cpu"), pick("cpu", kernels), Precision.float32
+    )
     with torch.no_grad():
         run.sae.b_enc[-8:] = -1e3
     generator, auxk = torch.Generator().manual_seed(0), []
     for step in range(6):
-        inputs = Inputs.of(torch.randn(64, 12, generator=generator), 1.0)
+        inputs = run.inputs({spec.hook_name: torch.randn(64, 12, generator=generator)})
         auxk.append(float(run.train_step(inputs, step).loss.auxk))
     silent_before = [64 * step for step in range(6)]
     assert [value > 0 for value in auxk] == [tokens >= after for tokens in silent_before]

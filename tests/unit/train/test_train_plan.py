@@ -14,7 +14,7 @@ from sae.kernels.moments import KINDS as MOMENTS
 from sae.kernels.operands import Precision
 from sae.train.grid import SAESpec
 from sae.train.plan import check_memory, plan
-from sae.train.settings import ENCODER_DTYPES, TrainSettings
+from sae.train.settings import CENTRES, ENCODER_DTYPES, TrainSettings
 
 MEASURE = """
 import json, sys, tempfile
@@ -96,7 +96,7 @@ def test_what_cannot_fit_is_refused_with_what_would_help():
 
 
 def test_configuration_and_settings_know_the_same_names():
-    assert TRAIN_NAMES == {"encoder_dtype": ENCODER_DTYPES, "moments": MOMENTS, "kernels": KERNELS}
+    assert TRAIN_NAMES == {"encoder_dtype": ENCODER_DTYPES, "moments": MOMENTS, "kernels": KERNELS, "centre": CENTRES}
 
 
 @pytest.mark.parametrize("version", [1, 2])

@@ -14,7 +14,8 @@ import torch
 from train_toys import HOOK, ToyStream, unit_rows
 
 from sae import files
-from sae.autoencoder.sparsity import ARCHITECTURES, TopK
+from sae.autoencoder.architectures.topk import TopK
+from sae.autoencoder.sparsity import ARCHITECTURES
 from sae.errors import UserError
 from sae.train import checkpoint
 from sae.train.grid import SAESpec, grid
