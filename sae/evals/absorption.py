@@ -1,0 +1,401 @@
+"""Feature absorption (Chanin et al. 2409.14507), measured on the first letters of words.
+
+A latent for "starts with S" is absorbed where it stays silent on some words that start with S, because latents for
+these words carry the letter's direction themselves. The concept is known for every word, so what is missing shows.
+
+    found = first_letter(lm, sae)
+    found.fraction, found.full
+
+1. On train words, a logistic probe for each letter on the raw activations a; p is its direction at length 1.
+2. A letter's main latents: the k that best tell its words apart, k growing from 1 while the F1 of their probe grows by
+   `f1_jump` (more than one: the letter's latent is split).
+3. On the test words of the letter that the probe gets right (log-odds above 0), with proj_i = z_i (d_i . p):
+
+       main     = sum of proj_i over the main latents
+       absorbed = sum of the `max_absorbers` largest proj_i > 0 among other latents with cos(d_i, p) >= fraction_cosine
+       fraction = 0   if main >= a.p or absorbed < share * a.p
+                  1   else, if main <= 0
+                  m / (m + main)   else, with m = min(absorbed, a.p - main)
+       full     = every main z_i is 0, a.p > 0, and of the latent with the largest proj_i:
+                  cos(d_i, p) >= full_cosine and proj_i >= share * a.p
+
+Scores are means over these words; the dictionary's are means over letters.
+
+Sources: SAEBench 0.6 (evals/absorption) for 3 and all thresholds. What differs, here and there: proj_i is the latent's
+contribution z_i (d_i . p), there z_i cos(d_i, p), the same for decoder rows of length 1; latents are ranked by their
+mean difference, there by the weights of an L1 probe; k is chosen on train words, there on test words; words are split
+by their lower-case form, so that " The" and " the" are on one side. So numbers are like those of SAEBench, not equal.
+
+Traps. a.p counts b_dec and the SAE's error, too, for which no latent stands: a bad reconstruction lowers `share`, and
+so absorption. A model that does not know letters (below about 1B parameters; word-level tokenizers) has probes that fit
+train words only: look at `probe_f1`. Splitting and absorption are told apart by k only: a letter whose latents split
+evenly is not absorbed. SAEs narrower than about 16k latents have few latents for single words to absorb into.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from sae import stats
+from sae.autoencoder.sae import SAE
+from sae.errors import UserError
+from sae.evals.geometry import unit
+from sae.evals.probing import LatentActs, Probe, batches, class_difference, columns, fit_probe, held_out_rows
+from sae.stats import Interval
+
+Array = np.ndarray
+
+SILENT = 1e-8
+"""A latent this close to 0 does not fire."""
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What counts as absorption; the defaults are SAEBench's."""
+
+    f1_jump: float = 0.03
+    """How much F1 must grow for one more main latent."""
+    max_main: int = 10
+    """Most main latents of a letter."""
+    fraction_cosine: float = 0.1
+    """Least cosine of an absorbing latent with the probe, for the fraction."""
+    full_cosine: float = 0.025
+    """Likewise, for full absorption."""
+    share: float = 0.4
+    """Least part of the probe's projection that absorbing latents must carry."""
+    max_absorbers: int = 3
+    """Most latents that may absorb together, for the fraction."""
+    min_words: int = 10
+    """Letters with fewer train words are left out (ours)."""
+
+
+class WordAbsorption(NamedTuple):
+    """Absorption of one concept, word by word."""
+
+    fraction: Float[Tensor, " n"]
+    """From 0 (the main latents carry it) to 1 (others do); float64."""
+    full: Bool[Tensor, " n"]
+    """Whether one other latent stands in for silent main latents."""
+    absorber: Int[Tensor, " n"]
+    """The latent with the largest projection on the probe."""
+
+
+class AbsorbedWord(NamedTuple):
+    """A fully absorbed word, and the latent that stands in."""
+
+    word: str
+    latent: int
+
+
+class LetterAbsorption(NamedTuple):
+    """Absorption of one letter (or other concept)."""
+
+    label: str
+    main: list[int]
+    """The main latents, best first."""
+    probe_f1: float
+    """Of the probe on raw activations, on test words."""
+    main_f1: float
+    """Of the probe on the main latents, on test words."""
+    n_words: int
+    """Test words that have the label and that the probe gets right: those that are scored."""
+    fraction: Interval
+    full: Interval
+    """Intervals are bootstrapped over groups of words."""
+    absorbed: list[AbsorbedWord]
+
+
+class AbsorptionResult(NamedTuple):
+    """Absorption of a dictionary. Means over letters, each counting the same; NaN without letters."""
+
+    fraction: float
+    full: float
+    n_main: float
+    """Mean number of main latents; 1 is no splitting."""
+    letters: list[LetterAbsorption]
+    left_out: list[str]
+    """Labels with too few train words, or none on the test side that the probe gets right."""
+
+
+def word_absorption(
+    latent_acts: Float[Tensor, "n d_sae"],
+    acts: Float[Tensor, "n d_in"],
+    W_dec: Float[Tensor, "d_sae d_in"],
+    probe: Float[Tensor, " d_in"],
+    main: Sequence[int],
+    thresholds: Thresholds = Thresholds(),
+) -> WordAbsorption:
+    """Score rows that have the concept; the formulas are at the head of this file.
+
+    Args:
+        latent_acts: of the rows.
+        acts: raw activations of the same rows.
+        W_dec: decoder rows, of any length.
+        probe: direction of the concept, of any length.
+        main: latents that are taken to stand for the concept.
+        thresholds: what counts.
+    """
+    device = latent_acts.device
+    p = unit(probe[None].to(device))[0].double()
+    decoder = W_dec.detach().to(device)
+    cosines = (unit(decoder).double() @ p).float()
+    is_main = torch.zeros(len(decoder), dtype=torch.bool, device=device)
+    is_main[torch.as_tensor(list(main), dtype=torch.int64, device=device)] = True
+    proj = latent_acts.double() * (decoder.double() @ p)
+    total = acts.to(device).double() @ p
+    carried = proj[:, is_main].sum(1)
+    candidates = proj.masked_fill(is_main | (cosines < thresholds.fraction_cosine), 0).clamp_min(0)
+    others = candidates.topk(min(thresholds.max_absorbers, len(decoder)), dim=1).values.sum(1)
+    # A projection that is not positive leaves nothing to absorb.
+    none = (carried >= total) | (others < thresholds.share * total) | (total <= 0)
+    moved = torch.minimum(others, total - carried)
+    partly = moved / torch.where(none | (carried <= 0), 1, moved + carried)
+    fraction = torch.where(none, 0, torch.where(carried <= 0, 1, partly))
+    best = proj.max(dim=1)
+    silent = (latent_acts[:, is_main].abs() < SILENT).all(1)
+    strong = best.values >= thresholds.share * total
+    full = silent & (total > 0) & (cosines[best.indices] >= thresholds.full_cosine) & strong
+    return WordAbsorption(fraction.cpu(), full.cpu(), best.indices.cpu())
+
+
+def absorption(
+    latent_acts: LatentActs,
+    acts: Float[Tensor, "n d_in"],
+    W_dec: Float[Tensor, "d_sae d_in"],
+    words: Sequence[str],
+    labels: Sequence[str],
+    probes: Mapping[str, Probe] | None = None,
+    *,
+    test: ArrayLike | None = None,
+    thresholds: Thresholds = Thresholds(),
+    n_draws: int = 1000,
+    seed: int = 0,
+) -> AbsorptionResult:
+    """Measure absorption of every label, given activations at the words.
+
+    Args:
+        latent_acts: [n d_sae], or its batches (read three times).
+        acts: raw activations.
+        W_dec: the decoder.
+        words: [n]; those that differ in case only go to the same side.
+        labels: [n], one for each word, such as its first letter.
+        probes: by label; fitted on train words where not given.
+        test: [n], True for test words; by default a third or so, by a hash of the word.
+        thresholds: what counts.
+        n_draws: bootstrap draws.
+        seed: of the split and the bootstrap.
+
+    Raises:
+        UserError: numbers of rows that disagree.
+    """
+    if not len(words) == len(labels) == len(acts):
+        raise UserError(f"{len(words)} words, {len(labels)} labels and {len(acts)} activations: give one of each.")
+    groups = [word.lower() for word in words]
+    held_out = held_out_rows(groups, seed=seed) if test is None else np.asarray(test).astype(bool)
+    given = np.asarray(labels)
+    # A label is measured where train words are many enough and not all alike.
+    sizes = {str(label): int((given[~held_out] == label).sum()) for label in np.unique(given)}
+    known = [label for label, size in sizes.items() if thresholds.min_words <= size < (~held_out).sum()]
+    letters: list[LetterAbsorption] = []
+    if known:
+        data = _Data(latent_acts, acts, W_dec, words, groups, held_out, np.isin(given, known), thresholds)
+        labelings = np.stack([given == label for label in known])
+        for label, has, ranked in zip(known, labelings, _ranked(latent_acts, labelings, data), strict=True):
+            probe = fit_probe(data.raw[~held_out], has[~held_out]) if probes is None else probes[label]
+            found = data.measure(label, has, ranked, probe, n_draws, seed)
+            letters += [] if found is None else [found]
+    measured = {letter.label for letter in letters}
+    return AbsorptionResult(
+        fraction=_mean([letter.fraction.estimate for letter in letters]),
+        full=_mean([letter.full.estimate for letter in letters]),
+        n_main=_mean([len(letter.main) for letter in letters]),
+        letters=letters,
+        left_out=[label for label in sizes if label not in measured],
+    )
+
+
+class _Ranked(NamedTuple):
+    """Latents that fire more for a label, best first, and their activations [n m]."""
+
+    latents: list[int]
+    x: Array
+
+
+class _Data:
+    """What all labels share. Of the latents' activations only those of test words are kept, and sparsely."""
+
+    def __init__(
+        self,
+        latent_acts: LatentActs,
+        acts: Tensor,
+        W_dec: Tensor,
+        words: Sequence[str],
+        groups: Sequence[str],
+        held_out: Array,
+        known: Array,
+        thresholds: Thresholds,
+    ) -> None:
+        self.acts, self.W_dec, self.words, self.groups = acts.detach().float().cpu(), W_dec, words, groups
+        self.raw, self.held_out, self.thresholds = self.acts.numpy(), held_out, thresholds
+        self.kept = np.flatnonzero(held_out & known)
+        parts = []
+        for start, part in batches(latent_acts, len(held_out)):
+            here = self.kept[(self.kept >= start) & (self.kept < start + len(part))] - start
+            parts.append(part[torch.from_numpy(here).to(part.device)].to_sparse())
+        self.kept_acts = torch.cat(parts)
+
+    def measure(
+        self, label: str, has: Array, ranked: _Ranked, probe: Probe, n_draws: int, seed: int
+    ) -> LetterAbsorption | None:
+        """Measure one label; None where no test word of it can be scored."""
+        log_odds = probe.scores(self.raw)
+        rows = np.flatnonzero(has & self.held_out & (log_odds > 0))
+        n_main, main_f1 = self._main(ranked.x, has)
+        if len(rows) == 0 or n_main == 0:
+            return None
+        main = ranked.latents[:n_main]
+        places = torch.from_numpy(np.searchsorted(self.kept, rows)).to(self.kept_acts.device)
+        latent_acts = self.kept_acts.index_select(0, places).to_dense()
+        direction = torch.from_numpy(probe.weight)
+        found = word_absorption(latent_acts, self.acts[rows], self.W_dec, direction, main, self.thresholds)
+        clusters = [self.groups[int(row)] for row in rows]
+        absorbers = zip(rows, found.full.tolist(), found.absorber.tolist(), strict=True)
+        return LetterAbsorption(
+            label=label,
+            main=main,
+            probe_f1=_f1(log_odds[self.held_out] > 0, has[self.held_out]),
+            main_f1=main_f1,
+            n_words=len(rows),
+            fraction=stats.bootstrap_mean(found.fraction.numpy(), clusters, n_draws, seed),
+            full=stats.bootstrap_mean(found.full.numpy(), clusters, n_draws, seed),
+            absorbed=[AbsorbedWord(self.words[int(row)], latent) for row, full, latent in absorbers if full],
+        )
+
+    def _main(self, x: Array, has: Array) -> tuple[int, float]:
+        """How many of the best latents are main, and the F1 of their probe on test words."""
+        best, n_main, on_test = -np.inf, 0, np.nan
+        train, test = ~self.held_out, self.held_out
+        for k in range(1, x.shape[1] + 1):
+            says = fit_probe(x[train, :k], has[train]).scores(x[:, :k]) > 0
+            score = _f1(says[train], has[train])
+            if score < best + self.thresholds.f1_jump:
+                break
+            best, n_main, on_test = score, k, _f1(says[test], has[test])
+        return n_main, on_test
+
+
+def _ranked(latent_acts: LatentActs, labelings: Array, data: _Data) -> list[_Ranked]:
+    """Candidates for the main latents of every label, by mean difference on train words."""
+    difference = class_difference(latent_acts, labelings, ~data.held_out).difference
+    best = [np.argsort(-row, kind="stable")[: data.thresholds.max_main] for row in difference]
+    # Latents that fire less for the label cannot stand for it.
+    best = [chosen[row[chosen] > 0] for row, chosen in zip(difference, best, strict=True)]
+    wanted = np.unique(np.concatenate(best))
+    x = columns(latent_acts, wanted)
+    return [_Ranked(chosen.tolist(), x[:, np.searchsorted(wanted, chosen)]) for chosen in best]
+
+
+def first_letter(
+    lm: Any,
+    sae: SAE,
+    words: Sequence[str] | None = None,
+    *,
+    n_examples: int = 10,
+    batch_size: int = 64,
+    thresholds: Thresholds = Thresholds(),
+    seed: int = 0,
+) -> AbsorptionResult:
+    """Measure first-letter absorption of an SAE in its language model.
+
+    Args:
+        lm: the `LanguageModel` the SAE belongs to.
+        sae: reads and writes one hook point.
+        words: by default `vocabulary_words(lm)`.
+        n_examples: see `word_activations`.
+        batch_size: prompts, and rows to encode, at once.
+        thresholds: what counts.
+        seed: of the examples, the split and the bootstrap.
+
+    Raises:
+        UserError: a transcoder or crosscoder, or no words.
+    """
+    site = sae.config.site
+    if site.kind != "sae":
+        raise UserError(f"absorption is measured for SAEs of one hook point, not for {str(site)!r}, a {site.kind}.")
+    words = vocabulary_words(lm) if words is None else list(words)
+    if not words:
+        raise UserError("no words to measure absorption on: this tokenizer has none as one token; give a list.")
+    acts = word_activations(lm, words, site.reads[0], n_examples=n_examples, batch_size=batch_size, seed=seed)
+
+    @torch.no_grad()
+    def encoded() -> Iterator[Tensor]:
+        for part in acts.split(batch_size):
+            yield sae.encode(part)
+
+    letters = [word[0].upper() for word in words]
+    return absorption(encoded, acts, sae.W_dec, words, letters, thresholds=thresholds, seed=seed)
+
+
+def vocabulary_words(lm: Any, min_letters: int = 2) -> list[str]:
+    """List the words of a tokenizer: ASCII letters only, one token when they follow a space.
+
+    Args:
+        lm: has a Hugging Face `tokenizer`.
+        min_letters: single letters would be their own first letter.
+    """
+    # Tokens that begin a word carry its space as a mark, which is no letter.
+    texts = {str(token).lstrip("Ġ▁") for token in lm.tokenizer.get_vocab()}
+    words = sorted(text for text in texts if text.isascii() and text.isalpha() and len(text) >= min_letters)
+    if not words:
+        return []
+    unknown = lm.tokenizer.unk_token_id
+    ids = lm.tokenizer([f" {word}" for word in words], add_special_tokens=False)["input_ids"]
+    return [word for word, found in zip(words, ids, strict=True) if len(found) == 1 and found[0] != unknown]
+
+
+@torch.no_grad()
+def word_activations(
+    lm: Any, words: Sequence[str], hook_name: str, *, n_examples: int = 10, batch_size: int = 64, seed: int = 0
+) -> Float[Tensor, "n d_in"]:
+    """Activations at the last token of every word, in a prompt that asks for first letters; float32, on the CPU.
+
+    The prompt is, a line each, ` {other} has the first letter: {X}` for some other words, and then ` {word}`. What
+    SAEBench lets follow, ` has the first letter:`, is left out: a causal model's activation at the word is the same.
+
+    Args:
+        lm: has `tokenize(texts)` and `activations(batch, hook_names)`.
+        words: without a space before them.
+        hook_name: where.
+        n_examples: other words in a prompt, drawn anew for each.
+        batch_size: prompts at once.
+        seed: of the examples.
+    """
+    rng = np.random.default_rng(seed)
+    prompts = []
+    for word in words:
+        drawn = [words[int(i)] for i in rng.permutation(len(words))[: n_examples + 1]] if n_examples else []
+        others = [other for other in drawn if other.lower() != word.lower()][:n_examples]
+        lines = [f" {other} has the first letter: {other[0].upper()}\n" for other in others]
+        prompts.append("".join([*lines, f" {word}"]))
+    found = []
+    for start in range(0, len(prompts), batch_size):
+        batch = lm.tokenize(prompts[start : start + batch_size])
+        acts = lm.activations(batch, [hook_name])[hook_name]
+        last = batch.last_positions().to(acts.device)
+        found.append(acts[torch.arange(len(last), device=acts.device), last].float().cpu())
+    return torch.cat(found)
+
+
+def _f1(says: Array, has: Array) -> float:
+    hits = int((says & has).sum())
+    return 2 * hits / (2 * hits + int((says != has).sum())) if hits else 0.0
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if values else float("nan")
