@@ -252,6 +252,7 @@ class BenchConfig:
     turn_steps: int = 3  # timed steps in a turn
     warmup_steps: int = 4  # steps before the first turn
     steps: int = 2_000  # suite quality: training steps
+    seeds: int = 3  # suite quality: seeds of each contestant
     quick: bool = False  # toy sizes, to see that everything works
     docs: bool = False  # write docs/benchmarks.md and .json from the newest results
 

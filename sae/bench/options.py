@@ -35,6 +35,8 @@ class BenchOptions:
     """Steps before the first turn, not counted."""
     steps: int = 2_000
     """Suite `quality`: training steps."""
+    seeds: int = 3
+    """Suite `quality`: seeds of each contestant."""
     quick: bool = False
     """Toy sizes: does everything work? The figures mean nothing."""
 
@@ -42,7 +44,7 @@ class BenchOptions:
         for peer in self.peers:
             if peer not in PEERS:
                 raise unknown("peer", peer, list(PEERS), "Give bench.peers=[] to run without.")
-        for name in ("threads", "repeats", "turn_steps", "warmup_steps", "steps"):
+        for name in ("threads", "repeats", "turn_steps", "warmup_steps", "steps", "seeds"):
             if getattr(self, name) < 1:
                 raise UserError(f"bench.{name}={getattr(self, name)} is less than 1: raise it.")
 

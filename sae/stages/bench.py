@@ -36,6 +36,7 @@ def make_options(config: RunConfig) -> BenchOptions:
         turn_steps=given.turn_steps,
         warmup_steps=given.warmup_steps,
         steps=given.steps,
+        seeds=given.seeds,
         quick=given.quick,
     )
 
