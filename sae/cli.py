@@ -30,6 +30,7 @@ STAGES = {
     "organism": Stage("sae.stages.organism", "train the model organism anew, or measure the one shipped"),
     "harvest": Stage("sae.stages.harvest", "text -> tokens -> activations -> store on disk"),
     "train": Stage("sae.stages.train", "train a grid of autoencoders from one stream"),
+    "l0": Stage("sae.stages.l0", "compare values of L0 and suggest one (hook_name=... d_sae=...)"),
     "eval": Stage("sae.stages.evaluate", "reconstruction and spliced cross-entropy on held-out tokens"),
     "behavior": Stage("sae.stages.behavior", "find the latents behind a behaviour and test them causally"),
     "steer": Stage("sae.stages.steer", "generate with a latent clamped, beside the model's own words"),
@@ -57,11 +58,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise unknown("stage", name, list(STAGES), "`sae --help` lists them.")
         if name == "organism" and overrides[:1] == ["train"]:
             overrides = ["organism.action=train", *overrides[1:]]
+        if name == "l0":
+            overrides = [_spelled_out(item) for item in overrides]
         _run_hydra(name, overrides)
     except UserError as error:
         _fail(str(error), 2)
     except KeyboardInterrupt as stop:
         _fail(str(stop) or "stopped; what is finished is kept, and the same command goes on from there.", 130)
+
+
+def _spelled_out(override: str) -> str:
+    """Let `sae l0` name its one hook point and size without the lists that other stages take."""
+    key, _, value = override.partition("=")
+    full = {"hook_name": "harvest.hook_names", "d_sae": "sae.d_sae"}.get(key)
+    return f"{full}=[{value}]" if full else override
 
 
 def _run_hydra(stage: str, given: list[str]) -> None:

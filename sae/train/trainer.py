@@ -33,6 +33,7 @@ from sae.train.interfaces import ActivationBatch, MetricSink, Stream
 from sae.train.run import Inputs, SAERun
 from sae.train.settings import TrainSettings
 from sae.train.signals import StopSignals
+from sae.train.watch import Watch
 
 CHECKPOINTS = "checkpoints"
 TRAINED_FILE = "trained.json"
@@ -130,6 +131,7 @@ def train(
     scales = {name: scale for run in runs for name, scale in run.scales.items()}
     start = saved_at = time.monotonic()
     problems = _NonFinite(device)
+    watch = Watch({run.spec.folder: float(run.spec.l0) for run in runs}, settings.n_steps)
 
     def save_checkpoint(step: int) -> Path:
         problems.check()  # never keep a state that is already spoilt
@@ -158,13 +160,17 @@ def train(
 
             if step % settings.log_every == 0 or step == settings.n_steps:
                 problems.check()
+                metrics = _metrics(runs, losses, step, settings, seconds_before + time.monotonic() - start)
                 if sink is not None:
-                    sink.log(_metrics(runs, losses, step, settings, seconds_before + time.monotonic() - start), step)
+                    sink.log(metrics, step)
+                norms = {name: acts.norm(dim=1) for name, acts in scaled.items()}
+                for message in (*watch.look(metrics, step), *watch.look_at_inputs(norms, step)):
+                    warnings.warn(message, stacklevel=2)
             due_by_step = settings.checkpoint_every and step % settings.checkpoint_every == 0
             due_by_time = settings.checkpoint_seconds and time.monotonic() - saved_at >= settings.checkpoint_seconds
             if stop.requested and step < settings.n_steps:
                 raise Interrupted(step, save_checkpoint(step))
-            if due_by_step or due_by_time:
+            if (due_by_step or due_by_time) and watch.sound:
                 save_checkpoint(step)
                 saved_at = time.monotonic()
             if progress is not None:

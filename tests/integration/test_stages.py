@@ -299,3 +299,41 @@ def test_plan_says_what_a_run_takes_and_writes_nothing(sae, stream):
     status, _, err = sae("train", "plan=true", "name=other", "data.n_tokens=900_000_000_000_000")
     assert status == 2
     assert not (sae.folder / "other").exists()
+
+
+def test_l0_is_suggested_for_a_hook_point(sae):
+    status, out, err = sae("l0", "name=probe", "hook_name=blocks.0.hook_resid_post", "d_sae=32", "sae.l0=[2,4,8]")
+    assert status == 0, err
+    result = read(sae.folder / "probe" / "l0" / "result.json")
+    assert [row["l0_target"] for row in result["saes"]] == [2, 4, 8]
+    (found,) = result["suggestions"]
+    assert found["hook_name"] == "blocks.0.hook_resid_post"
+    assert found["l0"] in (2, 4, 8)
+    assert "the decoder projections are least at L0" in out
+    assert (sae.folder / "probe" / "harvest" / "store.json").is_file(), (
+        "the store is the run's, for the training to come"
+    )
+    status, _, err = sae("l0", "name=probe", "hook_name=blocks.0.hook_resid_post", "d_sae=32", "sae.l0=[4]")
+    assert status == 2
+    assert "leaves nothing to choose" in err
+
+
+def test_transcoders_crosscoders_and_controls_go_all_the_way(sae):
+    read_at, write_at = "blocks.0.hook_resid_post", "blocks.1.hook_mlp_out"
+    status, _, err = sae(
+        "eval", "name=kinds", f'sae.sites=["{read_at}->{write_at}","{read_at}+{write_at}"]', "sae.d_sae=[32]",
+        "sae.control=[none,random]", "harvest.hook_names=[]",
+    )  # fmt: skip
+    assert status == 0, err
+    saes = read(sae.folder / "kinds" / "eval" / "result.json")["saes"]
+    assert len(saes) == 2 * 2
+    for entry in saes:
+        assert 0 < entry["fvu"] < 2
+        assert entry["kl"] >= 0
+    status, _, err = sae("report", "name=kinds", defaults=False)
+    assert status == 0, err
+    status, _, err = sae(
+        "eval", "name=kinds2", f'sae.sites=["{read_at}->blocks.7.hook_mlp_out"]', "harvest.hook_names=[]"
+    )
+    assert status == 2
+    assert "blocks.7.hook_mlp_out" in err
