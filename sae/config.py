@@ -141,6 +141,7 @@ class TrainConfig:
     lr_decay_fraction: float = 0.2
     adam_betas: list[float] | None = None  # None: the architecture's
     sparsity_warmup_steps: int | None = None  # of penalties; None: 5000 or 10% of the run, whichever is shorter
+    start: str = ""  # a trained SAE's folder, or a run's train folder, to go on from; "" starts afresh
     centre: str = "geometric_median"  # what b_dec starts at: geometric_median | mean | zero
     clip: float = 1.0
     auxk_alpha: float = 1 / 32
@@ -177,6 +178,8 @@ class EvalConfig:
 
     batch_tokens: int = 4_096  # tokens in one forward pass with logits, padding included
     splice: bool = True  # CE and KL with the reconstruction spliced in
+    saes: list[str] = field(default_factory=list)  # folders of SAEs to evaluate instead of training the run's own
+    force: bool = False  # evaluate SAEs that were trained on another model, too
 
     def __post_init__(self) -> None:
         _require(self.batch_tokens >= 1, f"eval.batch_tokens={self.batch_tokens} must be at least 1.")

@@ -172,6 +172,9 @@ class Sparsity(nn.Module):
     def update(self, stats: BatchStats) -> None:
         """Move controllers and running averages after an optimiser step."""
 
+    def restart(self) -> None:
+        """Forget what was averaged over a run that is over; what was learned stays. Called before training goes on."""
+
     def rescale(self, factor: float) -> None:
         """Follow a change of units: every pre-activation is now `factor` times what it was."""
         threshold = getattr(self, "threshold", None)

@@ -13,6 +13,7 @@ import torch
 from sae.activations.harvest import Passes
 from sae.autoencoder.sae import SAE
 from sae.config import RunConfig
+from sae.errors import UserError
 from sae.evals.reconstruction import ReconstructionMeter, ReconstructionResult
 from sae.evals.splice import SpliceResult, splice_all
 from sae.files import sha256_file, write_json, write_manifest, write_tensors
@@ -22,12 +23,18 @@ from sae.report.progress import Progress
 from sae.report.terminal import summary_table
 from sae.stages import common
 from sae.stages.harvest import ensure_tokens
-from sae.stages.train import ensure_trained
+from sae.stages.train import ensure_trained, make_grid
+from sae.train.run import start_folder
 
 
 def ensure_evaluated(config: RunConfig, lm: LanguageModel) -> list[dict[str, Any]]:
-    """Evaluate the run's SAEs, or read their evaluation. Return one record an SAE, in the order of the grid."""
-    paths = ensure_trained(config, lm)
+    """Evaluate the run's SAEs, or read their evaluation. Return one record an SAE, in the order of the grid.
+
+    SAEs that training went on from come last, as they were before it.
+    """
+    own = ensure_trained(config, lm) if not config.eval.saes else [Path(text) for text in config.eval.saes]
+    starts = [path for path in _starts(config, lm) if path not in own] if not config.eval.saes else []
+    paths = [*own, *starts]
     clock = common.Clock()
     tokens = ensure_tokens(config, lm)
     folder = config.folder / "eval"
@@ -37,23 +44,63 @@ def ensure_evaluated(config: RunConfig, lm: LanguageModel) -> list[dict[str, Any
     if common.skip(config, folder, settings, inputs):
         return common.read_result(folder)["saes"]
     saes = [SAE.load(path, device=lm.device) for path in paths]
+    if config.eval.saes or starts:
+        for path, sae in zip(paths, saes, strict=True):
+            # An SAE that training goes on from may well be another model's: that is what it is trained for.
+            check_belongs(lm, sae, path, force=config.eval.force or path in starts)
     reconstruction = measure_reconstruction(lm, saes, tokens.corpus.held_out, config)
     spliced = _splice_all(lm, saes, tokens.corpus.held_out, config)
     records = [
-        _record(path, sae, found, damage)
+        _record(path, sae, found, damage) | {"before_training": path in starts}
         for path, sae, found, damage in zip(paths, saes, reconstruction, spliced, strict=True)
     ]
     for path, found in zip(paths, reconstruction, strict=True):
-        name = str(path.relative_to(config.folder / "train")).replace("/", "-")
+        name = _density_name(config, path)
         write_tensors(folder / "density" / f"{name}.safetensors", {"density": found.density.float()})
     wall = clock.seconds()
     write_json(folder / "result.json", {"schema_version": 1, "saes": records, "wall_s": wall})
     _log(config, folder, records)
     write_manifest(folder, "eval", settings, inputs)
     columns = ["hook_name", "architecture", "d_sae", "l0", "fvu", "ce_recovered", "delta_ce", "kl", "dead_fraction"]
+    columns += ["before_training"] if starts else []
     print(summary_table(records, columns))
     print(f"{folder}: {len(records)} SAEs on {records[0]['n_tokens']:,} held-out tokens in {wall:.1f} s")
     return records
+
+
+def _starts(config: RunConfig, lm: LanguageModel) -> list[Path]:
+    """The SAEs that the run's own were trained from."""
+    found = [start_folder(config.train.start, spec) for spec in make_grid(config, lm)]
+    return list(dict.fromkeys(path for path in found if path is not None))
+
+
+def _density_name(config: RunConfig, path: Path) -> str:
+    """A file's name for an SAE's densities: its place in the run, or its whole path for one from elsewhere."""
+    train = config.folder / "train"
+    return str(path.relative_to(train) if path.is_relative_to(train) else path).strip("/").replace("/", "-")
+
+
+def check_belongs(lm: LanguageModel, sae: SAE, path: Path, *, force: bool) -> None:
+    """Refuse an SAE that does not fit the model, or was trained on another one.
+
+    Raises:
+        UserError: a hook point or width that differs; or, unless `force`, another model's fingerprint.
+    """
+    config = sae.config
+    for names, width in ((config.site.reads, config.d_in), (config.site.writes, config.width_out)):
+        for name in names:
+            lm.check_hook(name)
+        found = sum(lm.d_in(name) for name in names)
+        if found != width:
+            raise UserError(
+                f"{str(path)!r} is for activations {width} wide, but {' + '.join(names)} of {lm.name!r} is {found}: "
+                "use an SAE trained there."
+            )
+    if config.lm_fingerprint and config.lm_fingerprint != lm.fingerprint and not force:
+        raise UserError(
+            f"{str(path)!r} was trained on {config.lm_name!r}, not on {lm.name!r}: eval.force=true measures how well it "
+            "does here."
+        )
 
 
 def measure_reconstruction(

@@ -2,8 +2,8 @@
 
     sae l0 hook_name=blocks.4.hook_resid_post d_sae=4096
 
-Trains SAEs with several values of L0 from one stream, `train.total_tokens` each, and compares how far decoder rows reach
-into tokens that do not need them (see `sae.evals.l0`). `sae.l0=[...]` names the values to try.
+Trains SAEs with several values of L0 from one stream, `train.total_tokens` each, and compares how far decoder rows
+reach into tokens that do not need them (see `sae.evals.l0`). `sae.l0=[...]` names the values to try.
 """
 
 import dataclasses

@@ -77,6 +77,7 @@ def make_settings(config: RunConfig) -> TrainSettings:
         options=dict(config.sae.options),
         adam_betas=None if options.adam_betas is None else (options.adam_betas[0], options.adam_betas[1]),
         centre=options.centre,
+        start=options.start,
         k_aux=options.k_aux,
         clip=options.clip,
         auxk_alpha=options.auxk_alpha,

@@ -10,13 +10,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae.autoencoder.gradients import AuxK, TrainingLoss, loss_and_gradients, variance
-from sae.autoencoder.sae import SAEConfig, make
+from sae.autoencoder.sae import CONFIG_FILE, SAE, SAEConfig, make
 from sae.autoencoder.site import Site
 from sae.autoencoder.sparsity import find_architecture
 from sae.kernels.operands import Precision, Workspace
 from sae.kernels.reference import Kernels
 from sae.train.grid import SAESpec
-from sae.train.initialise import InputStats, initialise
+from sae.train.initialise import InputStats, go_on_from, initialise
 from sae.train.optim import Optimiser
 from sae.train.settings import TrainSettings
 
@@ -105,9 +105,13 @@ class SAERun:
         """Running averages of l0 and fvu."""
 
     def initialise(self, stats: Mapping[str, InputStats]) -> None:
-        """Take scales, centre and thresholds from the data."""
+        """Take scales from the data; and centre and thresholds, or all the weights of the SAE to start from."""
         self.scales = {name: stats[name].scale for name in self.spec.site.hooks}
-        initialise(self.sae, stats)
+        start = start_folder(self.settings.start, self.spec)
+        if start is None:
+            initialise(self.sae, stats)
+        else:
+            go_on_from(self.sae, SAE.load(start, device=self.sae.device), self.scales)
 
     def inputs(self, acts: Mapping[str, Float[Tensor, "batch d"]]) -> Inputs:
         """Its inputs from raw fp32 activations by hook point, for where it is the only SAE that wants them."""
@@ -172,10 +176,20 @@ class SAERun:
         n_tokens = self.settings.n_steps * self.settings.batch_tokens
         training = {**self.settings.identity(), "lr": self.optimiser.lr, "n_tokens": n_tokens, "run": identity}
         training |= {"kernels": self.kernels.name, "control": self.spec.control, **final._asdict()}
+        if self.settings.start:
+            training |= {"start": str(start_folder(self.settings.start, self.spec))}
         training |= {"input_scales": reads, "output_scales": writes}
         sae.config = dataclasses.replace(sae.config, metadata={"training": training})
         sae.save(folder)
         return final
+
+
+def start_folder(start: str, spec: SAESpec) -> Path | None:
+    """Where the SAE lies that this one starts from: `start` itself, or its place in a run; None without a start."""
+    if not start:
+        return None
+    folder = Path(start)
+    return folder if (folder / CONFIG_FILE).is_file() else folder / spec.folder
 
 
 def _own_options(spec: SAESpec, settings: TrainSettings) -> dict[str, Any]:

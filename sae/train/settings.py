@@ -48,6 +48,9 @@ class TrainSettings:
     """Options of the architectures (see each one's `Options`); each takes those that are its own."""
     adam_betas: tuple[float, float] | None = None
     """None means the architecture's, (0.9, 0.999) for all that come with the package."""
+    start: str = ""
+    """Folder of a trained SAE to go on from, or of a run that holds one for each SAE of this one, under the same names;
+    empty starts afresh."""
     centre: str = "geometric_median"
     """What b_dec starts at: geometric_median, mean or zero."""
     init_batches: int = 4

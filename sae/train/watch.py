@@ -18,8 +18,8 @@ DEAD = 0.3
 """Fraction of dead latents that is worth a warning."""
 DRIFT = 1.5
 """Factor between L0 and its target that is worth a warning, once penalties have had their time."""
-SETTLED = 0.5
-"""Part of the run after which L0 should be near its target."""
+SETTLED, SETTLED_STEPS = 0.5, 100
+"""Part of the run, and steps, after which L0 should be near its target."""
 OUTLIER_FACTOR, OUTLIERS = 10.0, 0.01
 """Activations so many times longer than the median, and the part of a batch from which they are worth a warning."""
 SPIKE = 3.0
@@ -75,7 +75,7 @@ class Watch:
                     "train.auxk_alpha, or use fewer latents.",
                 )
             ratio = l0 / target if target > 0 else 1.0
-            if step >= SETTLED * self.n_steps and not 1 / DRIFT <= ratio <= DRIFT:
+            if step >= max(SETTLED * self.n_steps, SETTLED_STEPS) and not 1 / DRIFT <= ratio <= DRIFT:
                 found += self._once(
                     name,
                     "l0",

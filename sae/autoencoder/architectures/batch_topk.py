@@ -50,6 +50,10 @@ class BatchTopK(Sparsity):
         self.register_buffer("threshold", torch.tensor(0.0))
         self.register_buffer("n_updates", torch.tensor(0, dtype=torch.int64))
 
+    def restart(self) -> None:
+        """The next batch sets the threshold, and the average begins anew."""
+        self.n_updates.zero_()
+
     def initialise(self, pre_acts: Float[Tensor, "batch d_sae"]) -> None:
         """Start the average where it would stand, so that the first batches know where to look."""
         self.threshold.copy_(nth_largest(pre_acts.float().reshape(-1), self._n_keep(pre_acts)).clamp(min=0))

@@ -44,6 +44,10 @@ class L0Controller(nn.Module):
         now = torch.where(self.l0_average > 0, self.l0_average, self.target)
         return (now / self.target).log().clamp(-1, 1)
 
+    def restart(self) -> None:
+        """Forget the average; the coefficient stays."""
+        self.l0_average.zero_()
+
     def update(self, stats: BatchStats) -> None:
         """Raise the coefficient while L0 is above target, lower it while below."""
         self.l0_average.copy_(torch.where(self.l0_average > 0, self.l0_average.lerp(stats.l0, L0_MEMORY), stats.l0))

@@ -69,6 +69,10 @@ class Gated(Sparsity):
         """The positive gates."""
         return active.pre_acts.relu()
 
+    def restart(self) -> None:
+        """Forget the average L0."""
+        self.controller.restart()
+
     def update(self, stats: BatchStats) -> None:
         """Move the coefficient."""
         self.controller.update(stats)

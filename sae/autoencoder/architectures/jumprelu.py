@@ -121,6 +121,10 @@ class JumpReLU(Sparsity):
         below = (self.threshold[latents] - dead_pre_acts).relu().sum() / len(dead_pre_acts)
         return self.options.pre_act_coefficient * below
 
+    def restart(self) -> None:
+        """Forget the average L0."""
+        self.controller.restart()
+
     def update(self, stats: BatchStats) -> None:
         """Move the coefficient. A negative threshold would let negative activations through."""
         if self.options.penalty in ("step", "tanh"):

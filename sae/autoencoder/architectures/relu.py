@@ -77,6 +77,10 @@ class ReLU(Sparsity):
         done = min(1.0, (step - start) / (self.schedule.n_steps - start))
         return 1.0 - (1.0 - self.options.p_end) * done
 
+    def restart(self) -> None:
+        """Forget the average L0."""
+        self.controller.restart()
+
     def update(self, stats: BatchStats) -> None:
         """Move the coefficient."""
         self.controller.update(stats)
