@@ -24,7 +24,9 @@ from sae.organism.corpus import BEHAVIORS, contrast_records
 from sae.report.progress import Progress
 from sae.report.terminal import summary_table
 from sae.stages import common
-from sae.stages.train import ensure_trained
+from sae.stages.train import ensure_trained, make_grid
+from sae.train.controls import TRAINED
+from sae.train.grid import SAESpec
 
 # The flat fields every behaviour's record has, whatever else stands beside them.
 SUMMARY = (
@@ -80,7 +82,14 @@ def make_settings(config: RunConfig) -> BehaviorSettings:
 
 def ensure_behaviors(config: RunConfig, lm: LanguageModel) -> dict[str, Any]:
     """Run the protocol for every configured behaviour, or read its results. Return `result.json`."""
-    paths = ensure_trained(config, lm)
+    paths = [
+        path for path, spec in zip(ensure_trained(config, lm), make_grid(config, lm), strict=True) if _serves(spec)
+    ]
+    if not paths:
+        raise UserError(
+            f"none of the SAEs of {config.name!r} reads and writes one hook point and was trained without a control: "
+            "behaviours are looked for in such SAEs; leave sae.sites and sae.control out."
+        )
     clock = common.Clock()
     contrasts = {}
     for name in config.behavior.contrast:
@@ -150,6 +159,11 @@ def _find(
 
 def _judge(name: str, built_in: set[str]) -> Judge:
     return judge_for(name, common.ORGANISM if name in built_in else "")
+
+
+def _serves(spec: SAESpec) -> bool:
+    """Whether behaviours are looked for in an SAE: not in transcoders and crosscoders, nor in what is a control."""
+    return spec.site.kind == "sae" and spec.control == TRAINED
 
 
 def summarise(report: BehaviorReport, paths: list[Path]) -> dict[str, Any]:

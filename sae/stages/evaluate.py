@@ -98,8 +98,7 @@ def check_belongs(lm: LanguageModel, sae: SAE, path: Path, *, force: bool) -> No
             )
     if config.lm_fingerprint and config.lm_fingerprint != lm.fingerprint and not force:
         raise UserError(
-            f"{str(path)!r} was trained on {config.lm_name!r}, not on {lm.name!r}: eval.force=true measures how well it "
-            "does here."
+            f"{str(path)!r} was trained on {config.lm_name!r}, not on {lm.name!r}: eval.force=true measures it here."
         )
 
 

@@ -60,6 +60,11 @@ def _finite(value: Any, what: str) -> float:
 
 
 def _checked_latents(encoder: EncoderLike, latents: int | Iterable[int]) -> tuple[int, ...]:
+    kind = getattr(encoder, "kind", "sae")
+    if kind != "sae":
+        raise UserError(
+            f"{encoder.config.hook_name!r} is the site of a {kind}: clamp and ablate in an SAE of one hook point."
+        )
     d_sae = int(encoder.config.d_sae)
     try:
         # A zero-dimensional array or tensor looks iterable and is not.

@@ -184,3 +184,14 @@ def test_refusals_name_the_fault(build, message):
 def test_positions_of_another_kind_are_refused():
     with pytest.raises((UserError, TypeError)):  # TypeError where annotations are checked at run time
         Add(direction=UNIT, hook_name=HOOK, positions=4)
+
+
+def test_transcoders_and_crosscoders_are_refused_by_name():
+    from sae.autoencoder.sae import SAEConfig, make
+
+    for site, kind in (("a->b", "transcoder"), ("a+b", "crosscoder")):
+        coder = make(SAEConfig("topk", 4, 8, 2, 0, site, "toy"))
+        with pytest.raises(UserError, match=f"site of a {kind}"):
+            Clamp(coder, latent=1, value=2.0)
+        with pytest.raises(UserError, match=f"site of a {kind}"):
+            Ablate(coder, latents=[1])
