@@ -14,6 +14,9 @@ from sae.kernels.reference import Kernels
 P_OFFSET = 0.03
 """Added to activations under the power, in units of sqrt(d_in): for p < 1 the slope at 0 would be infinite."""
 
+P_SETTLED = 0.75
+"""Part of the run after which the power stays: the controller needs the rest to bring L0 to its target."""
+
 
 @dataclass(frozen=True)
 class ReLUOptions(Options):
@@ -22,7 +25,7 @@ class ReLUOptions(Options):
     l1_init: float = 0.02
     """Where the coefficient starts; a controller moves it to meet the target L0."""
     p_end: float = 1.0
-    """Power of the penalty at the end of training; 1 is L1 throughout."""
+    """Power of the penalty from 75% of the run on; 1 is L1 throughout."""
     p_start_fraction: float = 0.2
     """Part of the run after which the power begins to fall, linearly, from 1."""
 
@@ -32,8 +35,8 @@ class ReLUOptions(Options):
                 raise UserError(f"option {name} = {getattr(self, name)} is not above 0: raise it.")
         if self.p_end > 1:
             raise UserError(f"option p_end = {self.p_end} is above 1: use 1 for L1, or less.")
-        if not 0 <= self.p_start_fraction < 1:
-            raise UserError(f"option p_start_fraction = {self.p_start_fraction} is not in [0, 1).")
+        if not 0 <= self.p_start_fraction < P_SETTLED:
+            raise UserError(f"option p_start_fraction = {self.p_start_fraction} is not in [0, {P_SETTLED}).")
 
 
 @register
@@ -71,10 +74,11 @@ class ReLU(Sparsity):
 
     def power(self, step: int) -> float:
         """The power of the penalty at a step."""
-        start = self.options.p_start_fraction * self.schedule.n_steps
-        if step < start or self.schedule.n_steps == 0:
+        n_steps = self.schedule.n_steps
+        start, stop = self.options.p_start_fraction * n_steps, P_SETTLED * n_steps
+        if step < start or n_steps == 0:
             return 1.0
-        done = min(1.0, (step - start) / (self.schedule.n_steps - start))
+        done = min(1.0, (step - start) / (stop - start))
         return 1.0 - (1.0 - self.options.p_end) * done
 
     def restart(self) -> None:
