@@ -277,7 +277,7 @@ class RunConfig:
     organism: OrganismConfig = field(default_factory=OrganismConfig)
     log: LogConfig = field(default_factory=LogConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
-    suite: str = "train"  # what `sae bench` measures; "all" is everything, an unknown name prints the list
+    suite: str = "train"  # what `sae bench` measures (all: everything), or sae eval suite=ground_truth[_quick]
     plan: bool = False  # sae train: only say what memory, disk and time it would take
     force: bool = False  # do a stage again although its output is there
     job: str = ""  # set by a multirun: the job's folder inside the run's

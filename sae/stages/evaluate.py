@@ -21,7 +21,7 @@ from sae.lm.model import LanguageModel
 from sae.lm.tokens import PackedTokens, TokenBatch, sae_mask
 from sae.report.progress import Progress
 from sae.report.terminal import summary_table
-from sae.stages import common
+from sae.stages import common, ground_truth
 from sae.stages.harvest import ensure_tokens
 from sae.stages.train import ensure_trained, make_grid
 from sae.train.run import start_folder
@@ -192,5 +192,8 @@ def _log(config: RunConfig, folder: Path, records: list[dict[str, Any]]) -> None
 
 
 def run(config: RunConfig) -> None:
-    """Run the stage."""
-    ensure_evaluated(config, common.open_lm(config.lm))
+    """Run the stage: on the run's SAEs, or on synthetic worlds where `suite` says so."""
+    if config.suite != RunConfig.suite:
+        ground_truth.run(config)
+    else:
+        ensure_evaluated(config, common.open_lm(config.lm))

@@ -22,8 +22,9 @@ SETTLED, SETTLED_STEPS = 0.5, 100
 """Part of the run, and steps, after which L0 should be near its target."""
 OUTLIER_FACTOR, OUTLIERS = 10.0, 0.01
 """Activations so many times longer than the median, and the part of a batch from which they are worth a warning."""
-SPIKE = 3.0
-"""Factor between FVU and its median over the last logs that counts as a spike."""
+SPIKE, SPIKE_FVU = 3.0, 0.05
+"""FVU spikes when it is so many times its median over the last logs and so much above it: next to nothing may well
+triple."""
 PATIENCE = 3
 """Spikes in a row after which a run has come apart."""
 MEMORY, ENOUGH = 20, 5
@@ -102,7 +103,7 @@ class Watch:
     def _follow(self, name: str, fvu: float, step: int) -> None:
         seen = self._saes[name]
         usual = statistics.median(seen.fvu) if len(seen.fvu) >= ENOUGH else math.inf
-        if fvu > SPIKE * usual:
+        if fvu > max(SPIKE * usual, usual + SPIKE_FVU):
             seen.spikes += 1
         else:
             seen.spikes = 0

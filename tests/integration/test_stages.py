@@ -374,3 +374,30 @@ def test_an_sae_of_another_model_is_refused_unless_forced(sae, tmp_path):
     status, _, err = sae("eval", "name=look2", f"eval.saes=[{other}]", "eval.force=true")
     assert status == 0, err
     assert read(sae.folder / "look2" / "eval" / "result.json")["saes"][0]["fvu"] == mine[0]["fvu"]
+
+
+def test_ground_truth_is_measured_on_worlds(sae, monkeypatch):
+    """The stage on one world for a moment; what SAEs reach there is tested elsewhere."""
+    from sae.evals import worlds
+    from sae.stages import ground_truth
+
+    trial = ground_truth.Trial(
+        worlds.t1, 16, (("batch_topk", 4), ("relu", 4)), 300_000, lr=1e-2, controls=("", "random")
+    )
+    monkeypatch.setitem(ground_truth.SUITES, "ground_truth_quick", ((trial,), (0,)))
+    status, out, err = sae("eval", "name=truth", "suite=ground_truth_quick")
+    assert status == 0, err
+    rows = read(sae.folder / "truth" / "eval" / "ground_truth_quick" / "result.json")["worlds"]
+    assert [(row["architecture"], row["control"]) for row in rows] == [
+        ("batch_topk", "none"),
+        ("batch_topk", "random"),
+        ("relu", "none"),
+    ]
+    fields = {"world", "architecture", "k", "seed", "mcc", "mmcs", "f1", "fve", "l0", "shrinkage"}
+    assert all(row.keys() >= fields for row in rows)
+    assert rows[0]["mcc"] > rows[1]["mcc"] + 0.2, "a random dictionary has not found the features"
+    assert rows[0]["true_l0"] == pytest.approx(4, abs=0.05)
+    assert "mcc" in out
+    status, _, err = sae("eval", "name=truth", "suite=ground")
+    assert status == 2
+    assert "ground_truth_quick" in err

@@ -31,6 +31,13 @@ def test_a_sound_run_is_left_alone():
     assert seen.look_at_inputs({"h": torch.rand(100) + 1}, 10) == []
 
 
+def test_next_to_nothing_may_triple():
+    seen = watch()
+    for step in range(40):
+        seen.look(metrics(fvu=1e-4 if step < 20 else 1e-2), step)
+        assert seen.sound
+
+
 def test_each_thing_is_said_once():
     seen = watch()
     assert "40% of the latents of 's' are dead at step 10" in seen.look(metrics(dead=0.4), 10)[0]
