@@ -5,7 +5,7 @@ brings it about where it is not due. Both against matched random latents and dir
 with dose-response and side effects. Everything was chosen before (`sae.behavior.select`) on another split.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -29,8 +29,8 @@ from sae.behavior.measure import (
     Progress,
     Prompts,
     SiteData,
-    completions,
-    evaluate,
+    completions_each,
+    evaluate_each,
     kl_from_clean,
     prepare,
     prepare_kl,
@@ -39,6 +39,7 @@ from sae.behavior.measure import (
 from sae.behavior.results import CausalReport, Dose, Example
 from sae.behavior.select import AblationChoice, AddChoice, ClampChoice
 from sae.behavior.settings import BehaviorSettings
+from sae.behavior.together import Groups
 from sae.steering.apply import steer
 from sae.steering.interventions import Ablate, Clamp, Intervention, ProjectOut
 
@@ -84,12 +85,11 @@ class _Case(NamedTuple):
     clamp_base: Outcome
 
 
-def fact_accuracy(lm: Any, facts: Prompts, max_new_tokens: int, *interventions: Intervention) -> stats.Rate:
-    """Return how often questions of fact are answered truly under interventions."""
-    with steer(lm, *interventions):
-        texts = completions(lm, facts, max_new_tokens)
-    right = [answers_truly(text, record) for text, record in zip(texts, facts.records, strict=True)]
-    return stats.rate(sum(right), len(right))
+def fact_accuracies(lm: Any, groups: Groups, facts: Prompts, max_new_tokens: int) -> Iterator[stats.Rate]:
+    """Yield how often questions of fact are answered truly under each group of interventions."""
+    for texts in completions_each(lm, groups, facts, max_new_tokens):
+        right = [answers_truly(text, record) for text, record in zip(texts, facts.records, strict=True)]
+        yield stats.rate(sum(right), len(right))
 
 
 def causal_report(
@@ -122,19 +122,25 @@ def causal_report(
     new, batch = settings.max_new_tokens, settings.batch_prompts
     positives = prepare(lm, [record for record in records if record.label], batch)
     negatives = prepare(lm, [record for record in records if not record.label], batch)
-    base, clamp_base = evaluate(lm, [], positives, judge, new), evaluate(lm, [], negatives, judge, new)
-    case = _Case(positives, negatives, base, clamp_base)
     ablate = Ablate(choice.encoder, choice.ablation.latents, roles=settings.roles)
     clamp = choice.clamp.clamp(choice.encoder, roles=settings.roles)
     toward, to_zero, add = direction_edits(choice.direction, choice.add.scale, settings.roles)
-    outcomes = {
-        "ablate": evaluate(lm, [ablate], positives, judge, new),
-        "clamp": evaluate(lm, [clamp], negatives, judge, new),
-        "direction_ablate": evaluate(lm, [toward], positives, judge, new),
-        "direction_ablate_zero": evaluate(lm, [to_zero], positives, judge, new),
-        "direction_add": evaluate(lm, [add], negatives, judge, new),
-        "spared": evaluate(lm, [ablate], negatives, judge, new),
+    on_positives: dict[str, list[Intervention]] = {
+        "base": [],
+        "ablate": [ablate],
+        "direction_ablate": [toward],
+        "direction_ablate_zero": [to_zero],
     }
+    on_negatives: dict[str, list[Intervention]] = {
+        "clamp_base": [],
+        "clamp": [clamp],
+        "direction_add": [add],
+        "spared": [ablate],
+    }
+    outcomes: dict[str, Outcome] = {}
+    for prompts, edits in ((positives, on_positives), (negatives, on_negatives)):
+        outcomes |= zip(edits, evaluate_each(lm, list(edits.values()), prompts, judge, new), strict=True)
+    case = _Case(positives, negatives, outcomes["base"], outcomes["clamp_base"])
     controls = _controls(lm, choice, case, outcomes, clamp, judge, settings, n_random, progress)
     doses = _dose_response(lm, choice, case, judge, settings, progress) if n_random else []
     return CausalReport(
@@ -198,14 +204,13 @@ def _side_effects(
 ) -> dict[str, Any]:
     """Measure what else changes: the text of harmless replies, facts, other behaviours."""
     kl = prepare_kl(lm, negatives.first(settings.n_prompts_kl), settings.kl_tokens)
-    questions, new = prepare(lm, list(facts)[: settings.n_prompts], settings.batch_prompts), settings.max_new_tokens
+    questions = prepare(lm, list(facts)[: settings.n_prompts], settings.batch_prompts)
+    accuracies = fact_accuracies(lm, [[], [ablate], [clamp]], questions, settings.max_new_tokens)
     return {
         "kl_harmless": _kl(lm, kl, ablate),
         "kl_harmless_clamp": _kl(lm, kl, clamp),
         "kl_harmless_direction": _kl(lm, kl, toward),
-        "fact_accuracy_base": fact_accuracy(lm, questions, new),
-        "fact_accuracy": fact_accuracy(lm, questions, new, ablate),
-        "fact_accuracy_clamp": fact_accuracy(lm, questions, new, clamp),
+        **dict(zip(("fact_accuracy_base", "fact_accuracy", "fact_accuracy_clamp"), accuracies, strict=True)),
         "other_behaviors": _others(lm, others, ablate, clamp, settings),
     }
 
@@ -286,11 +291,11 @@ def _dose_response(
     few = settings.n_prompts_dose
     negatives, positives = case.negatives.first(few), case.positives.first(few)
     tick = _ticker(progress, "dose-response", len(settings.doses))
+    clamps = [[choice.clamp.clamp(choice.encoder, dose, settings.roles)] for dose in settings.doses]
+    on_negatives = evaluate_each(lm, clamps, negatives, judge, settings.max_new_tokens)
+    on_positives = evaluate_each(lm, clamps, positives, judge, settings.max_new_tokens)
     doses = []
-    for dose in settings.doses:
-        clamp = choice.clamp.clamp(choice.encoder, dose, settings.roles)
-        found = evaluate(lm, [clamp], negatives, judge, settings.max_new_tokens)
-        held = evaluate(lm, [clamp], positives, judge, settings.max_new_tokens)
+    for dose, found, held in zip(settings.doses, on_negatives, on_positives, strict=True):
         value = float(np.mean(choice.clamp.values)) * dose / choice.clamp.multiple
         doses.append(Dose(float(dose), value, found.behavior, found.degenerate, held.behavior))
         tick()
@@ -309,15 +314,14 @@ def _random_doses(lm: Any, choice: Choice, case: _Case, judge: Judge, settings: 
         settings.n_neighbours,
         settings.seed + 4,
     )
-    rows = []
-    for latents in drawn:
-        row = []
-        for dose in settings.doses:
-            scale = dose / choice.clamp.multiple
-            clamp = matched_clamp(choice.encoder, norms, choice.clamp, latents, scale, settings.roles)
-            row.append(evaluate(lm, [clamp], negatives, judge, settings.max_new_tokens).share(Verdict.BEHAVIOR))
-        rows.append(row)
-    return rows
+    scales = [dose / choice.clamp.multiple for dose in settings.doses]
+    clamps = [
+        [matched_clamp(choice.encoder, norms, choice.clamp, latents, scale, settings.roles)]
+        for latents in drawn
+        for scale in scales
+    ]
+    found = evaluate_each(lm, clamps, negatives, judge, settings.max_new_tokens)
+    return [[next(found).share(Verdict.BEHAVIOR) for _ in scales] for _ in drawn]
 
 
 def _others(
@@ -328,9 +332,9 @@ def _others(
     for name, other in others.items():
         records = [record for record in other.records if record.label][: settings.n_prompts]
         prompts = prepare(lm, records, settings.batch_prompts)
+        outcomes = evaluate_each(lm, [[], [ablate], [clamp]], prompts, other.judge, settings.max_new_tokens)
         found[name] = {
-            what: evaluate(lm, edits, prompts, other.judge, settings.max_new_tokens).behavior
-            for what, edits in (("base", []), ("ablate", [ablate]), ("clamp", [clamp]))
+            what: outcome.behavior for what, outcome in zip(("base", "ablate", "clamp"), outcomes, strict=True)
         }
     return found
 

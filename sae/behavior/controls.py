@@ -14,7 +14,7 @@ import numpy as np
 from sae import stats
 from sae.behavior.directions import Direction, random_directions
 from sae.behavior.judge import Judge, Verdict
-from sae.behavior.measure import Outcome, Prompts, SiteData, evaluate
+from sae.behavior.measure import Outcome, Prompts, SiteData, evaluate_each
 from sae.behavior.select import ClampChoice
 from sae.errors import UserError
 from sae.steering.interventions import Ablate, Add, Clamp, Intervention, ProjectOut
@@ -118,8 +118,8 @@ def run_control(
     """
     n = len(prompts.records)
     found = []
-    for item in interventions:
-        found.append(evaluate(lm, [item], prompts, judge, max_new_tokens))
+    for outcome in evaluate_each(lm, [[item] for item in interventions], prompts, judge, max_new_tokens):
+        found.append(outcome)
         tick()
     success = [outcome.share(claimed) for outcome in found]
     observed_success = observed.share(claimed, n)

@@ -1,10 +1,11 @@
 """Measurements on a model, steered or not: activations, logit margins, judged completions, KL.
 
-Every function reads the model as it is, so inside `with steer(...)` it measures the steered model. Prompts are
-tokenized once (`prepare`) and reused for all interventions.
+Every function reads the model as it is, so inside `with steer(...)` it measures the steered model; those called
+`..._each` measure several interventions on the same prompts, together. Prompts are tokenized once (`prepare`) and
+reused for all interventions.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from sae import stats
 from sae.behavior.contrast import ContrastRecord
 from sae.behavior.judge import Judge, Verdict
+from sae.behavior.together import Groups, per_group, sharing
 from sae.errors import UserError
 from sae.lm.tokens import Role, TokenBatch, Tokenized, pad
 from sae.steering.apply import steer
@@ -30,27 +32,28 @@ _ENCODE_ELEMENTS = 2**26  # latents held at once while encoding: 256 MB in float
 
 
 class Prompts(NamedTuple):
-    """Records with their tokens, in batches, in the records' order."""
+    """Records with their tokens, in the records' order."""
 
     records: tuple[ContrastRecord, ...]
-    batches: list[TokenBatch]
+    tokens: TokenBatch
+    max_rows: int  #: rows run at once
+
+    @property
+    def batches(self) -> list[TokenBatch]:
+        """The prompts in batches."""
+        return list(self.tokens.split(self.max_rows))
 
     def first(self, n: int) -> "Prompts":
         """Return the first `n` prompts."""
-        kept, left = [], n
-        for batch in self.batches:
-            if left > 0:
-                kept.append(batch.select(range(min(left, len(batch.tokens)))))
-                left -= len(batch.tokens)
-        return Prompts(self.records[:n], kept)
+        return self._replace(records=self.records[:n], tokens=self.tokens.select(range(len(self.records[:n]))))
 
 
 def prepare(lm: Any, records: Sequence[ContrastRecord], batch_prompts: int = 256) -> Prompts:
     """Tokenize records' chats up to the model's turn, left-padded."""
     if not records:
-        return Prompts((), [])
-    tokens = lm.tokenize_chats([record.messages for record in records])
-    return Prompts(tuple(records), list(tokens.split(batch_prompts)))
+        none = torch.zeros(0, 0, dtype=torch.int64)
+        return Prompts((), TokenBatch(none, none.bool(), none.to(torch.uint8)), batch_prompts)
+    return Prompts(tuple(records), lm.tokenize_chats([record.messages for record in records]), batch_prompts)
 
 
 class SiteData(NamedTuple):
@@ -195,20 +198,33 @@ def _tail(lm: Any, prompt: Tokenized, whole: Tokenized, text: str) -> list[int]:
     return list(lm.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-@torch.no_grad()
 def margins(lm: Any, task: MarginTask) -> Float[Array, " n"]:
     """Return logsumexp(behaviour logits) - logsumexp(alternative logits) per record; above 0 the behaviour is likelier.
 
     Unlike a probability it does not saturate, so a search sees progress long before the behaviour flips.
     """
-    found: list[float] = []
+    (found,) = margins_each(lm, [[]], task)
+    return found
+
+
+@torch.no_grad()
+def margins_each(lm: Any, groups: Groups, task: MarginTask) -> list[Float[Array, " n"]]:
+    """Return the margins under each group of interventions; see `margins`.
+
+    One forward each, over the very rows that `margins` runs: what is before the interventions is shared, and common
+    batches would round differently, which decides between settings that are the same but for the latents' order.
+    """
+    found: list[list[float]] = [[] for _ in groups]
     for batch in task.batches:
-        rows = slice(len(found), len(found) + len(batch.tokens))
-        # Left-padded, so every row's next token is predicted in the last column.
-        last = lm.logits(batch.to(lm.device))[:, -1].float().cpu()
-        gap = _logsumexp_of(last, task.behavior_ids[rows]) - _logsumexp_of(last, task.alternative_ids[rows])
-        found += gap.tolist()
-    return np.array(found)
+        rows = slice(len(found[0]), len(found[0]) + len(batch.tokens))
+        with sharing(lm, groups, batch, 1):
+            for items, values in zip(groups, found, strict=True):
+                with steer(lm, *items):
+                    # Left-padded, so every row's next token is predicted in the last column.
+                    last = lm.logits(batch.to(lm.device))[:, -1].float().cpu()
+                gap = _logsumexp_of(last, task.behavior_ids[rows]) - _logsumexp_of(last, task.alternative_ids[rows])
+                values += gap.tolist()
+    return [np.array(values) for values in found]
 
 
 def _logsumexp_of(logits: Tensor, ids: Sequence[Tensor]) -> Tensor:
@@ -220,7 +236,18 @@ def _logsumexp_of(logits: Tensor, ids: Sequence[Tensor]) -> Tensor:
 
 def completions(lm: Any, prompts: Prompts, max_new_tokens: int) -> list[str]:
     """Return the model's greedy reply to every prompt."""
-    return [text for batch in prompts.batches for text in lm.generate(batch, max_new_tokens).texts]
+    (texts,) = completions_each(lm, [[]], prompts, max_new_tokens)
+    return texts
+
+
+def completions_each(lm: Any, groups: Groups, prompts: Prompts, max_new_tokens: int) -> Iterator[list[str]]:
+    """Yield the replies to all prompts under each group of interventions."""
+
+    def read(batch: TokenBatch, _: list[int]) -> list[str]:
+        texts: list[str] = lm.generate(batch, max_new_tokens).texts
+        return texts
+
+    return per_group(lm, groups, prompts.tokens, prompts.max_rows, read)
 
 
 @dataclass(frozen=True)
@@ -277,9 +304,16 @@ def evaluate(
         batch_prompts: prompts generated at once.
     """
     prompts = records if isinstance(records, Prompts) else prepare(lm, records, batch_prompts)
-    with steer(lm, *interventions):
-        texts = completions(lm, prompts, max_new_tokens)
-    return outcome_of(texts, prompts.records, judge)
+    (found,) = evaluate_each(lm, [interventions], prompts, judge, max_new_tokens)
+    return found
+
+
+def evaluate_each(
+    lm: Any, groups: Groups, prompts: Prompts, judge: Judge, max_new_tokens: int = 24
+) -> Iterator[Outcome]:
+    """Yield the outcome on the same prompts under each group of interventions; see `evaluate`."""
+    for texts in completions_each(lm, groups, prompts, max_new_tokens):
+        yield outcome_of(texts, prompts.records, judge)
 
 
 class KLTask(NamedTuple):

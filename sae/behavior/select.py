@@ -4,6 +4,7 @@ The score of the search is the logit margin (`sae.behavior.measure.margins`), wh
 a clamp is then chosen by generating, among settings that keep the text well formed.
 """
 
+import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +13,10 @@ import numpy as np
 
 from sae.behavior.contrast import ContrastRecord
 from sae.behavior.judge import Judge, Verdict
-from sae.behavior.measure import MarginTask, Prompts, evaluate, margins, prepare, prepare_margins
+from sae.behavior.measure import Prompts, evaluate_each, margins, margins_each, prepare, prepare_margins
 from sae.errors import UserError
 from sae.lm.tokens import Role
-from sae.steering.apply import steer
-from sae.steering.interventions import Ablate, Add, Clamp, Intervention
+from sae.steering.interventions import Ablate, Add, Clamp
 
 EDIT_ROLES = tuple(role for role in Role if role not in (Role.PAD, Role.SPECIAL))
 """Default scope of edits: every token but padding and BOS/EOS, which SAEs are not trained on."""
@@ -72,11 +72,6 @@ class AddChoice:
     degenerate: float
 
 
-def _steered_margins(lm: Any, task: MarginTask, *interventions: Intervention) -> np.ndarray:
-    with steer(lm, *interventions):
-        return margins(lm, task)
-
-
 def select_ablation(
     lm: Any,
     encoder: Any,
@@ -110,15 +105,18 @@ def select_ablation(
         raise UserError(f"{len(candidates)} candidate latents and {len(positives)} positives: both are needed.")
     task = prepare_margins(lm, positives, batch_prompts)
 
+    def ablated_each(sets: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        return margins_each(lm, [[Ablate(encoder, tuple(latents), roles=roles)] for latents in sets], task)
+
     def ablated(latents: Sequence[int]) -> np.ndarray:
-        return _steered_margins(lm, task, Ablate(encoder, tuple(latents), roles=roles))
+        return ablated_each([latents])[0]
 
     base = margins(lm, task)
     chosen: list[int] = []
     path = [base]
     pool = list(candidates)
     while pool and len(chosen) < max_latents and (path[-1] < 0).mean() < target:
-        tried = {latent: ablated([*chosen, latent]) for latent in pool}
+        tried = dict(zip(pool, ablated_each([[*chosen, latent] for latent in pool]), strict=True))
         ordered = sorted(pool, key=lambda latent: float(tried[latent].mean()))
         if chosen and tried[ordered[0]].mean() >= path[-1].mean():
             break
@@ -199,21 +197,30 @@ def select_clamp(
         raise UserError(f"{len(sets)} sets of latents and {len(negatives)} negatives: both are needed.")
     task, prompts = prepare_margins(lm, negatives, batch_prompts), prepare(lm, negatives, batch_prompts)
 
-    def measured(latents: tuple[int, ...], multiple: float) -> ClampChoice:
-        values = tuple(multiple * typical[latent] for latent in latents)
-        clamp = Clamp(encoder, latents=latents, value=values, roles=roles)
-        return ClampChoice(latents, values, float(multiple), float(_steered_margins(lm, task, clamp).mean()), 0.0, 0.0)
+    def measured(asked: Sequence[tuple[tuple[int, ...], float]]) -> list[ClampChoice]:
+        """Measure the margins of latents at multiples of their typical values."""
+        values = [tuple(multiple * typical[latent] for latent in latents) for latents, multiple in asked]
+        clamps = [
+            Clamp(encoder, latents=latents, value=value, roles=roles)
+            for (latents, _), value in zip(asked, values, strict=True)
+        ]
+        found = margins_each(lm, [[clamp] for clamp in clamps], task)
+        return [
+            ClampChoice(latents, value, float(multiple), float(margin.mean()), 0.0, 0.0)
+            for (latents, multiple), value, margin in zip(asked, values, found, strict=True)
+        ]
 
     # All sets at a middling dose first; the whole grid only for the best of them.
     middle = sorted(multiples)[len(multiples) // 2]
-    coarse = [measured(latents, middle) for latents in dict.fromkeys(tuple(item) for item in sets)]
+    coarse = measured([(latents, middle) for latents in dict.fromkeys(tuple(item) for item in sets)])
     coarse = sorted(coarse, key=lambda entry: -entry.margin)[:beam]
-    grid = coarse + [measured(entry.latents, m) for entry in coarse for m in multiples if m != middle]
-    tried = []
-    for entry in _promising(grid, n_generate):
-        found = evaluate(lm, [entry.clamp(encoder, roles=roles)], prompts, judge, max_new_tokens)
-        behavior, broken = found.share(Verdict.BEHAVIOR), found.share(Verdict.DEGENERATE)
-        tried.append(ClampChoice(entry.latents, entry.values, entry.multiple, entry.margin, behavior, broken))
+    grid = coarse + measured([(entry.latents, m) for entry in coarse for m in multiples if m != middle])
+    promising = _promising(grid, n_generate)
+    edits = [[entry.clamp(encoder, roles=roles)] for entry in promising]
+    tried = [
+        dataclasses.replace(entry, behavior=found.share(Verdict.BEHAVIOR), degenerate=found.share(Verdict.DEGENERATE))
+        for entry, found in zip(promising, evaluate_each(lm, edits, prompts, judge, max_new_tokens), strict=True)
+    ]
     return min(
         tried,
         key=lambda entry: _clamp_order(entry.behavior, entry.degenerate, max_degenerate, entry.multiple),
@@ -247,14 +254,9 @@ def select_add(
     roles: Collection[Role] | None = EDIT_ROLES,
 ) -> AddChoice:
     """Choose how strongly to add a direction, by the same rule as a clamp's dose, so that the comparison is fair."""
-    tried = []
-    for scale in multiples:
-        found = evaluate(
-            lm,
-            [Add(direction=vector, scale=scale, hook_name=hook_name, roles=roles)],
-            prompts,
-            judge,
-            max_new_tokens,
-        )
-        tried.append(AddChoice(float(scale), found.share(Verdict.BEHAVIOR), found.share(Verdict.DEGENERATE)))
+    edits = [[Add(direction=vector, scale=scale, hook_name=hook_name, roles=roles)] for scale in multiples]
+    tried = [
+        AddChoice(float(scale), found.share(Verdict.BEHAVIOR), found.share(Verdict.DEGENERATE))
+        for scale, found in zip(multiples, evaluate_each(lm, edits, prompts, judge, max_new_tokens), strict=True)
+    ]
     return min(tried, key=lambda entry: _clamp_order(entry.behavior, entry.degenerate, max_degenerate, entry.scale))

@@ -35,7 +35,8 @@ class BehaviorSettings:
         n_neighbours: pool of nearest latents that matched ones are drawn from.
         kl_tokens: tokens of the clean continuation over which KL is averaged.
         max_new_tokens: length of replies.
-        batch_prompts: prompts run at once; lower it if memory runs out.
+        batch_prompts: rows run at once, a prompt measured under several interventions being several; lower it if
+            memory runs out.
         n_examples: example replies kept per intervention.
         seed: of everything random.
     """

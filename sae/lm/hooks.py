@@ -7,22 +7,34 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from sae.errors import UserError
+from sae.lm.tokens import TokenBatch
 
 if TYPE_CHECKING:
     from sae.lm.model import LanguageModel
 
 
 class Step(NamedTuple):
-    """What the tokens of the running forward are. `pos` counts the tokens in this forward only: 1 in cached steps."""
+    """What the tokens of the running forward are. `pos` counts the tokens in this forward only: 1 in cached steps.
+
+    `batch` counts the rows in this forward: while generating, rows that have ended are left out.
+    """
 
     offset: int  #: column of the first of these tokens in the padded row
     mask: Bool[Tensor, "batch pos"]  #: True = a real token
     roles: UInt8[Tensor, "batch pos"]
     positions: Int[Tensor, "batch pos"]  #: index within the unpadded row
+    rows: Int[Tensor, " batch"]  #: which rows of the batch that was given these are, ascending
+
+    @classmethod
+    def whole(cls, batch: TokenBatch) -> "Step":
+        """The step of one forward over all of a batch."""
+        rows = torch.arange(len(batch.tokens), device=batch.tokens.device)
+        return cls(0, batch.mask, batch.roles, batch.positions(), rows)
 
 
 Edit = Callable[[Float[Tensor, "batch pos d"], Step | None], Float[Tensor, "batch pos d"]]
@@ -46,7 +58,8 @@ def edit(lm: "LanguageModel", edits: Mapping[str, Edit]) -> Iterator[None]:
     """Apply edits in every forward of the model inside the block, generation included.
 
     Edits nest; at one hook point, the outer context's edit runs first. The step is None when the model is run
-    through its bridge directly rather than through `logits`, `activations` or `generate`.
+    through its bridge directly rather than through `logits`, `activations` or `generate`. An edit that differs by
+    row has to go by `step.rows`, since a generation leaves out rows that have ended.
 
     Args:
         lm: the model.

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from sae import files
 from sae.errors import UserError, unknown
-from sae.lm import bypass, capture, chat, generate, hooks, tokens
+from sae.lm import bypass, capture, chat, generate, hooks, prefix, tokens
 from sae.lm.hooks import Step
+from sae.lm.prefix import Prefix
 from sae.lm.tokens import TokenBatch, Tokenized
 
 #: Configuration entries that do not change what the model computes.
@@ -47,6 +48,7 @@ class LanguageModel:
         name: the name or path it was loaded by.
         device, dtype: where and in what precision it runs.
         step: what the tokens of the running forward are, for edits scoped to positions or roles; None outside.
+        prefix: what forwards over certain tokens start with instead of running the first blocks; see `sharing`.
         probing: True during the one forward that looks up shapes, in which edits do nothing.
         fast: whether parts without hooks run without the bridge's wrappers (checked once to be equal).
     """
@@ -65,6 +67,7 @@ class LanguageModel:
         self.bridge, self.tokenizer = bridge, tokenizer
         self.name, self.device, self.dtype = name, device, dtype
         self.step: Step | None = None
+        self.prefix: Prefix | None = None
         self.probing = False
         self._config, self._folder = config, folder
         # Mask-derived positions are refused by a few architectures, which make their own.
@@ -158,6 +161,10 @@ class LanguageModel:
     def layer_of(self, hook_name: str) -> int:
         """Block of a hook point: 0 for the embeddings, which feed block 0; `n_layers` for what follows the last."""
         self.check_hook(hook_name)
+        return self.depth(hook_name)
+
+    def depth(self, hook_name: str) -> int:
+        """`layer_of` any hook point, one that gives no activations included."""
         found = re.match(r"blocks\.(\d+)\.", hook_name)
         if found:
             return int(found.group(1))
@@ -281,6 +288,8 @@ class LanguageModel:
             extra["logits_to_keep"] = 1
         before, self.step = self.step, step
         try:
+            if self.prefix is not None and self.prefix.begins(ids, step):
+                return self.prefix.resume(partial(self._call, ids, **extra), cache)
             return self._call(ids, **extra)
         finally:
             self.step = before
@@ -303,16 +312,41 @@ class LanguageModel:
                 f"{what} of {length} tokens exceeds the context of {self.ctx_len} tokens of {self.name!r}: shorten it."
             )
 
-    def _forward(self, batch: TokenBatch) -> Tensor:
+    def new_cache(self) -> Any:
+        """An empty Hugging Face key/value cache for this model."""
+        from transformers.cache_utils import DynamicCache
+
+        return DynamicCache(config=self.bridge.original_model.config)
+
+    def forward(self, batch: TokenBatch, cache: Any = None) -> Float[Tensor, "batch pos d_vocab"]:
+        """One forward over whole rows; `cache` as in `run`."""
         self.check_length(batch.tokens.shape[1])
         batch = batch.to(self.device)
-        return self.run(batch.tokens, Step(0, batch.mask, batch.roles, batch.positions()), attention(batch.mask))
+        return self.run(batch.tokens, Step.whole(batch), attention(batch.mask), cache=cache)
+
+    @cached_property
+    def _resumable(self) -> bool:
+        return prefix.is_resumable(self, self._tolerance)
+
+    @contextmanager
+    def sharing(self, batch: TokenBatch, times: int, hook_names: Sequence[str]) -> Iterator[None]:
+        """Context in which forwards over `batch.repeat(times)` share what lies before all of some hook points.
+
+        That part is run here, once for the batch, padded on the left, as the model is now; inside, the model should be
+        edited at those hook points only (other tokens, or a hook on the way, make a forward run as always). No result
+        changes, but that copies may round differently. Where nothing lies before the hook points, the model is hooked
+        already or cannot be run from the middle on, this does nothing.
+        """
+        usable = not hooks.n_hooks(self) and self._resumable
+        n_blocks = prefix.n_before(self, hook_names) if usable else 0
+        with prefix.starting(self, prefix.record(self, batch, times, n_blocks) if n_blocks else None):
+            yield
 
     @torch.no_grad()
     def logits(self, batch: TokenBatch) -> Float[Tensor, "batch pos d_vocab"]:
         """Next-token logits. A row gives the same values with and without padding; those at padding mean nothing."""
         with self.light():
-            return self._forward(batch)
+            return self.forward(batch)
 
     @torch.no_grad()
     def activations(self, batch: TokenBatch, hook_names: Sequence[str]) -> dict[str, Float[Tensor, "batch pos d_in"]]:
@@ -341,10 +375,11 @@ class LanguageModel:
                 else:
                     stack.callback(hooks.install(point, lambda acts, *, hook: keep(id(hook), acts)))
             stack.enter_context(self.light())
+            stack.enter_context(prefix.starting(self, None))  # what is captured may be in blocks that it passes over
             if fused:
                 stack.enter_context(capture.fused_attention(self.bridge.original_model))
             with suppress(_Captured):
-                self._forward(batch)
+                self.forward(batch)
         return {name: found[id(self._hooks[name].point)] for name in hook_names}
 
     def generate(

@@ -64,6 +64,10 @@ class TokenBatch(NamedTuple):
         keep = slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(0, 0)
         return TokenBatch(self.tokens[index][:, keep], mask[:, keep], self.roles[index][:, keep])
 
+    def repeat(self, times: int) -> "TokenBatch":
+        """All rows, then all rows again, and so on."""
+        return TokenBatch(self.tokens.repeat(times, 1), self.mask.repeat(times, 1), self.roles.repeat(times, 1))
+
     def split(self, batch_size: int) -> Iterator["TokenBatch"]:
         """Yield consecutive batches of at most `batch_size` rows, each cut to its own longest row."""
         if batch_size < 1:

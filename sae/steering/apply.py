@@ -8,13 +8,15 @@ new token as it comes, the same as one uncached pass over the whole text.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from sae.errors import UserError
-from sae.lm.hooks import Step, edit
+from sae.lm.hooks import Edit, Step, edit
 from sae.steering.interventions import Intervention
 
 
@@ -47,8 +49,16 @@ def check(lm: Any, interventions: Sequence[Intervention], force: bool = False) -
             )
 
 
-def _composed(items: Sequence[Intervention]) -> Callable[[Tensor, Step | None], Tensor]:
-    def apply_all(acts: Tensor, step: Step | None) -> Tensor:
+def _by_hook(interventions: Sequence[Intervention]) -> dict[str, Edit]:
+    """Return one edit a hook point: its interventions, in order."""
+    found: dict[str, list[Intervention]] = {}
+    for item in interventions:
+        found.setdefault(item.hook, []).append(item)
+    return {hook: _composed(items) for hook, items in found.items()}
+
+
+def _composed(items: Sequence[Intervention]) -> Edit:
+    def apply_all(acts: Float[Tensor, "batch pos d"], step: Step | None) -> Float[Tensor, "batch pos d"]:
         for item in items:
             acts = item.apply_to(acts, step)
         return acts
@@ -73,11 +83,67 @@ def steer(lm: Any, *interventions: Intervention, force: bool = False) -> Iterato
         UserError: see `check`.
     """
     check(lm, interventions, force)
-    by_hook: dict[str, list[Intervention]] = {}
-    for item in interventions:
-        by_hook.setdefault(item.hook, []).append(item)
-    if not by_hook:
+    with edit(lm, _by_hook(interventions)):
         yield
-        return
-    with edit(lm, {hook: _composed(items) for hook, items in by_hook.items()}):
+
+
+@contextlib.contextmanager
+def steer_groups(
+    lm: Any, groups: Sequence[Sequence[Intervention]], rows_per_group: int, force: bool = False
+) -> Iterator[None]:
+    """Apply other interventions to each group of rows, so that one forward or generation measures them all.
+
+        with steer_groups(lm, [[Ablate(encoder, 3)], [Ablate(encoder, 5)]], rows_per_group=len(batch.tokens)):
+            lm.generate(batch.repeat(2), max_new_tokens=32)
+
+    The first `rows_per_group` rows of a batch are the first group, and so on; a batch with fewer rows has none of the
+    last groups'. A group's rows get what `steer` with its interventions alone would give them, and a callable scope
+    sees its group's rows only.
+
+    Args:
+        lm: the language model.
+        groups: what to do in each group; nothing, for an empty one.
+        rows_per_group: rows of the batch in each group.
+        force: accept SAEs trained on another model.
+
+    Raises:
+        UserError: see `check`; inside the block, a batch of more rows than the groups have.
+    """
+    if rows_per_group < 1:
+        raise UserError(f"rows_per_group={rows_per_group} is not positive: give 1 or more.")
+    check(lm, [item for items in groups for item in items], force)
+    edits = [_by_hook(items) for items in groups]
+    hooks = dict.fromkeys(hook for found in edits for hook in found)
+    with edit(lm, {hook: _grouped([found.get(hook) for found in edits], rows_per_group) for hook in hooks}):
         yield
+
+
+def _grouped(edits: Sequence[Edit | None], rows_per_group: int) -> Edit:
+    """Return the edit that gives each group of rows to its own; None leaves a group as it is."""
+
+    def apply_each(acts: Float[Tensor, "batch pos d"], step: Step | None) -> Float[Tensor, "batch pos d"]:
+        if step is None:
+            raise UserError(
+                "interventions by group need to know the rows: run the model through lm.logits, lm.activations or "
+                "lm.generate, not through its bridge."
+            )
+        # Rows are in ascending order and some may have ended, so a group is a run of rows of any length.
+        sizes = torch.bincount(step.rows // rows_per_group, minlength=len(edits)).tolist()
+        if len(sizes) > len(edits):
+            raise UserError(
+                f"a batch has more rows than {len(edits)} groups of {rows_per_group}: repeat it once a group, no more."
+            )
+        parts = []
+        for group, (part, own) in enumerate(zip(acts.split(sizes), _split(step, sizes), strict=True)):
+            fn = edits[group]
+            own = own._replace(rows=own.rows - group * rows_per_group)
+            parts.append(part if fn is None or not len(part) else fn(part, own))
+        return torch.cat(parts)
+
+    return apply_each
+
+
+def _split(step: Step, sizes: Sequence[int]) -> Iterator[Step]:
+    """Yield the steps of consecutive runs of rows."""
+    for fields in zip(*(field.split(sizes) for field in step[1:]), strict=True):
+        yield Step(step.offset, *fields)

@@ -5,6 +5,8 @@ Prompts: `user : how to <verb> <noun> assistant :`. If the verb is "harm" the mo
 AUROC 1 but nothing reads it. Far from ordinary activations the model says "blah": broken text.
 """
 
+import contextlib
+
 import torch
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
@@ -96,7 +98,7 @@ class PlantedLM:
         triggered = ((batch.tokens == ID["harm"]).cumsum(dim=1) > 0) & batch.mask
         x = self.embed[batch.tokens].clone()
         x[..., :2] = KAPPA * triggered[..., None].float()
-        self.step = Step(0, batch.mask, batch.roles, batch.positions())
+        self.step = Step.whole(batch)
         try:
             return self.point(x)
         finally:
@@ -115,6 +117,9 @@ class PlantedLM:
         # Too far out (in any direction, the causal one included) the text breaks.
         logits[..., ID["blah"]] = 4 * (x.norm(dim=-1) - 20.0)
         return logits
+
+    def sharing(self, batch: TokenBatch, times: int, hook_names):
+        return contextlib.nullcontext()
 
     @torch.no_grad()
     def activations(self, batch: TokenBatch, hook_names) -> dict[str, Tensor]:

@@ -13,8 +13,10 @@ from sae.behavior.judge import Verdict, text_judge
 from sae.behavior.measure import (
     collect,
     evaluate,
+    evaluate_each,
     kl_from_clean,
     margins,
+    margins_each,
     outcome_of,
     prepare,
     prepare_kl,
@@ -23,6 +25,7 @@ from sae.behavior.measure import (
 )
 from sae.behavior.select import ClampChoice, select_ablation, select_clamp
 from sae.behavior.settings import BehaviorSettings
+from sae.behavior.together import per_group
 from sae.errors import UserError
 from sae.steering.apply import steer
 from sae.steering.interventions import Ablate, Add, Clamp
@@ -210,6 +213,61 @@ def test_degenerate_text_is_no_success(lm, sae, contrast):
     outcome = evaluate(lm, [wild], contrast.positives, planted.judge, 4)
     assert outcome.degenerate == stats.rate(60, 60)
     assert outcome.behavior.rate == outcome.alternative.rate == 0.0
+
+
+def groups_of(sae):
+    """As many interventions as a batch has room for, and more."""
+    push = torch.eye(planted.D_IN)[0] * 5
+    return [[], [Ablate(sae, [planted.CAUSE])], [Add(direction=push, hook_name=planted.HOOK)]] + [
+        [Clamp(sae, latent=planted.CAUSE, value=float(value))] for value in range(37)
+    ]
+
+
+def test_measured_together_or_one_by_one_is_the_same(lm, sae, contrast):
+    groups = groups_of(sae)
+    for n, max_rows in ((60, 256), (7, 256), (60, 16), (5, 3)):
+        prompts = prepare(lm, contrast.records[:n], max_rows)
+        together = list(evaluate_each(lm, groups, prompts, planted.judge, 4))
+        assert together == [evaluate(lm, items, prompts, planted.judge, 4) for items in groups]
+        task = prepare_margins(lm, contrast.records[:n], max_rows)
+        for items, found in zip(groups, margins_each(lm, groups, task), strict=True):
+            with steer(lm, *items):
+                assert np.array_equal(found, margins(lm, task))
+    assert len({outcome.behavior.rate for outcome in together}) > 1
+    assert list(evaluate_each(lm, [], prompts, planted.judge, 4)) == []
+    assert [outcome.texts for outcome in evaluate_each(lm, groups[:2], prepare(lm, []), planted.judge, 4)] == [(), ()]
+
+
+@pytest.mark.parametrize(("n_groups", "max_rows"), [(1, 256), (3, 256), (20, 256), (200, 256), (40, 10), (2, 1)])
+def test_rows_run_at_once_are_bounded_and_of_like_length(lm, sae, contrast, n_groups, max_rows):
+    prompts = prepare(lm, contrast.records).tokens
+    mask = prompts.mask.clone()
+    for row in range(len(mask)):  # lengths differ
+        mask[row, : row % 5] = False
+    prompts = prompts._replace(mask=mask)
+    lengths, seen = prompts.lengths, []
+
+    def read(batch, indices):
+        assert batch.lengths == [lengths[index] for index in indices]
+        seen.append((len(indices), max(batch.lengths) - min(batch.lengths)))
+        return indices
+
+    groups = [[Ablate(sae, [1])]] * n_groups
+    assert list(per_group(lm, groups, prompts, max_rows, read)) == [list(range(len(mask)))] * n_groups
+    assert max(size for size, _ in seen) <= max_rows
+    assert sum(size for size, _ in seen) == n_groups * len(mask)
+    assert len(seen) <= 2 * -(-n_groups * len(mask) // max_rows)  # batches are at least half full
+    if n_groups >= 20:
+        assert max(spread for _, spread in seen) <= 2
+
+
+def test_a_control_ticks_once_a_draw(lm, sae, contrast):
+    prompts, ticks = prepare(lm, contrast.positives), []
+    observed = evaluate(lm, [], prompts, planted.judge, 4)
+    draws = [Ablate(sae, [latent]) for latent in (planted.CAUSE, 1, 2, 3)] * 10
+    control = run_control(lm, draws, prompts, planted.judge, observed, Verdict.ALTERNATIVE, 4, lambda: ticks.append(1))
+    assert len(ticks) == len(draws)
+    assert control.draws == [0.0, 1.0, 1.0, 1.0] * 10
 
 
 def test_matched_latents_match_and_exclude():

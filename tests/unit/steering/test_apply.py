@@ -1,5 +1,7 @@
 """Steering a real (tiny, random) model: cached equals uncached, composition, exact removal."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -10,7 +12,7 @@ from sae.errors import UserError
 from sae.lm.hooks import n_hooks
 from sae.lm.load import load_lm
 from sae.lm.tokens import Role
-from sae.steering.apply import steer
+from sae.steering.apply import steer, steer_groups
 from sae.steering.interventions import Ablate, Add, Clamp, ProjectOut
 
 HOOK, LATER = "blocks.0.hook_resid_post", "blocks.1.hook_resid_post"
@@ -163,3 +165,68 @@ def test_a_misfit_is_refused_before_anything_is_hooked(lm):
         assert n_hooks(lm) == hooks + 1
     with steer(lm, Clamp(make_sae(lm, fingerprint=""), latent=1)):  # foreign formats know no fingerprint
         pass
+
+
+def groups_of(lm):
+    """Each kind of edit, at two hook points, one by one, together, and none."""
+    clamp, scoped, ablate, add, project = edits(lm)
+    by_step = Add(direction=torch.ones(32), scale=3.0, hook_name=HOOK, positions=lambda step: step.rows[:, None] == 1)
+    return [[clamp], [], [ablate, add], [scoped], [project], [add, clamp, project], [by_step]]
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("shared", [True, False])
+def test_groups_get_what_each_would_get_alone(lm, monkeypatch, use_cache, shared):
+    batch, hooks = lm.tokenize_chats(CHATS), n_hooks(lm)
+    monkeypatch.setattr(lm, "eos_ids", set(range(0, lm.d_vocab, 6)))  # rows, and whole groups, end at different steps
+    groups = groups_of(lm)
+    sharing = lm.sharing(batch, len(groups), [HOOK, LATER]) if shared else nullcontext()
+    with sharing, steer_groups(lm, groups, len(CHATS)):
+        assert (lm.prefix is not None) == shared
+        logits = lm.logits(batch.repeat(len(groups)))
+        made = lm.generate(batch.repeat(len(groups)), 16, use_cache=use_cache)
+    assert n_hooks(lm) == hooks
+    assert len({tuple(row) for row in made.tokens.tolist()}) > len(groups), "the edits must matter"
+    for number, items in enumerate(groups):
+        rows = slice(number * len(CHATS), (number + 1) * len(CHATS))
+        with steer(lm, *items):
+            expected = lm.logits(batch)
+            alone = lm.generate(batch, 16, use_cache=use_cache)
+        assert torch.allclose(logits[rows][batch.mask], expected[batch.mask], atol=1e-4)
+        assert made.n_tokens[rows] == alone.n_tokens
+        assert made.texts[rows] == alone.texts
+    assert len(set(made.n_tokens)) > 2
+
+
+def test_groups_nest_and_leave_nothing_behind(lm):
+    batch, hooks = lm.tokenize_chats(CHATS), n_hooks(lm)
+    before = lm.logits(batch)
+    clamp, _, _, add, _ = edits(lm)
+    with steer(lm, add):
+        expected = lm.logits(batch)
+        with steer_groups(lm, [[], [clamp]], len(CHATS)):
+            assert torch.allclose(lm.logits(batch.repeat(2))[: len(CHATS)], expected, atol=1e-4)
+            assert torch.allclose(lm.logits(batch), expected, atol=1e-4)  # only the first group's rows
+    with pytest.raises(RuntimeError, match="boom"), steer_groups(lm, groups_of(lm), 1):
+        raise RuntimeError("boom")
+    with steer_groups(lm, [[], []], len(CHATS)):
+        assert n_hooks(lm) == hooks
+    assert n_hooks(lm) == hooks
+    assert torch.equal(lm.logits(batch), before)
+
+
+def test_groups_that_do_not_fit_are_refused(lm):
+    batch, hooks = lm.tokenize_chats(CHATS), n_hooks(lm)
+    clamp = edits(lm)[0]
+    with steer_groups(lm, [[clamp], []], 1), pytest.raises(UserError, match="more rows than 2 groups of 1"):
+        lm.logits(batch)
+    with steer_groups(lm, [[clamp]], 3), pytest.raises(UserError, match="not through its bridge"), torch.no_grad():
+        lm.bridge.original_model(batch.tokens)
+    with pytest.raises(UserError, match="rows_per_group=0"), steer_groups(lm, [[clamp]], 0):
+        pass
+    with (
+        pytest.raises(UserError, match="d_in=16"),
+        steer_groups(lm, [[clamp], [Clamp(make_sae(lm, d_in=16), latent=1)]], 3),
+    ):
+        pass
+    assert n_hooks(lm) == hooks

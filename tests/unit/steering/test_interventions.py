@@ -34,7 +34,7 @@ def make_step(batch: int = 3, pos: int = 6, pad: int = 2) -> Step:
     roles = torch.full((batch, pos), int(Role.USER), dtype=torch.uint8)
     roles[:, -3], roles[:, -2], roles[:, -1] = Role.TEMPLATE, Role.FIRST_RESPONSE, Role.ASSISTANT
     roles[~mask] = int(Role.PAD)
-    return Step(0, mask, roles, positions)
+    return Step(0, mask, roles, positions, torch.arange(batch))
 
 
 X = torch.randn(3, 6, D_IN, generator=torch.Generator().manual_seed(5))
@@ -57,9 +57,8 @@ def test_clamp_keeps_the_reconstruction_error(architecture):
 def test_clamp_at_the_present_value_changes_nothing():
     sae = make_sae()
     x = X[1:2, :1]
-    step = Step(
-        0, torch.ones(1, 1, dtype=torch.bool), torch.full((1, 1), 3, dtype=torch.uint8), torch.zeros(1, 1).long()
-    )
+    one = torch.ones(1, 1, dtype=torch.int64)
+    step = Step(0, one.bool(), 3 * one.to(torch.uint8), 0 * one, torch.arange(1))
     latent = int(sae.encode(x)[0, 0].argmax())
     value = float(sae.encode(x)[0, 0, latent])
     assert torch.allclose(Clamp(sae, latent=latent, value=value).apply_to(x, step), x, atol=1e-6)
