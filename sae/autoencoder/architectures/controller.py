@@ -30,7 +30,7 @@ class L0Controller(nn.Module):
         self.target = target
         self.warmup_steps = schedule.warmup_steps
         # It must arrive within the run, yet not race ahead of the weights in a long one.
-        self.gain = min(0.05, max(0.003, 20 / schedule.n_steps)) if schedule.n_steps else 0.02
+        self.gain = min(0.03, max(0.003, 10 / schedule.n_steps)) if schedule.n_steps else 0.02
         self.register_buffer("log_coefficient", torch.tensor(math.log(start)))
         self.register_buffer("l0_average", torch.tensor(0.0))
 
