@@ -229,7 +229,7 @@ def max_statistic_p(
     return max_statistic(scores, labels, n_permutations, seed).p()
 
 
-def _resample_weights(strata: Array, clusters: Array, n_draws: int, rng: np.random.Generator) -> Array:
+def resample_weights(strata: Array, clusters: Array, n_draws: int, rng: np.random.Generator) -> Array:
     """Return [n_draws n] counts: whole clusters drawn with replacement within each stratum of records."""
     _, cluster_of = np.unique(clusters, return_inverse=True)
     n_clusters = int(cluster_of.max()) + 1
@@ -265,7 +265,7 @@ def auroc_interval(
     if values.shape[1] != 1:
         raise UserError(f"auroc_interval takes one detector, got {values.shape[1]}: loop over the columns of interest.")
     units = np.arange(len(flags)) if clusters is None else np.asarray(clusters)
-    weights = _resample_weights(flags.astype(int), units, n_draws, np.random.default_rng(seed))
+    weights = resample_weights(flags.astype(int), units, n_draws, np.random.default_rng(seed))
     positive, negative = values[flags, 0], values[~flags, 0]
     wins = (positive[:, None] > negative).astype(np.float64) + 0.5 * (positive[:, None] == negative)
     w_pos, w_neg = weights[:, flags], weights[:, ~flags]
@@ -285,7 +285,7 @@ def bootstrap_mean(
     if flat.size == 0:
         return Interval(math.nan, math.nan, math.nan, 0)
     units = np.arange(flat.size) if clusters is None else np.asarray(clusters)
-    weights = _resample_weights(np.zeros(flat.size, dtype=int), units, n_draws, np.random.default_rng(seed))
+    weights = resample_weights(np.zeros(flat.size, dtype=int), units, n_draws, np.random.default_rng(seed))
     draws = (weights @ flat) / weights.sum(axis=1)
     low, high = np.quantile(draws, [0.025, 0.975])
     return Interval(float(flat.mean()), float(low), float(high), int(flat.size))

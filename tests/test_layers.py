@@ -8,12 +8,13 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "sae"
 
 # A part may import the parts named here, and nothing else of the package.
-BASE = {"errors", "device", "files", "stats"}
+BASE = {"errors", "device", "files", "stats", "probe"}
 ALLOWED = {
     "errors": set(),
     "device": {"errors"},
     "files": {"errors"},
     "stats": {"errors"},
+    "probe": {"errors"},
     "config": {"errors"},
     "lm": BASE,
     "kernels": {"errors"},

@@ -1,8 +1,8 @@
-"""Directions behind a behaviour: difference of means, a dense probe, and random directions as controls.
+"""Directions behind a behaviour: difference of means, and random directions as controls.
 
 The difference of means is the baseline every latent must be compared with: on natural models it often steers better
-than any set of SAE latents (Arditi et al. 2024; AxBench 2025). The dense logistic probe bounds what a linear readout
-of the same activations can detect.
+than any set of SAE latents (Arditi et al. 2024; AxBench 2025). The dense logistic probe (`sae.probe`) bounds what a
+linear readout of the same activations can detect.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from scipy import optimize, special
 
 from sae import stats
 from sae.errors import UserError
@@ -79,45 +78,6 @@ def random_directions(n: int, d_in: int, norm: float = 1.0, seed: int = 0) -> Fl
     """Return n directions uniform on the sphere of radius `norm`."""
     draws = np.random.default_rng(seed).normal(size=(n, d_in))
     return norm * draws / np.linalg.norm(draws, axis=1, keepdims=True)
-
-
-class Probe(NamedTuple):
-    """A logistic readout: positive when weight . x + bias > 0."""
-
-    weight: Float[Array, " d_in"]
-    bias: float
-
-    def scores(self, acts: Float[Array, "n d_in"]) -> Float[Array, " n"]:
-        """Return the log-odds of each row."""
-        return np.asarray(acts, dtype=np.float64) @ self.weight + self.bias
-
-
-def logistic_probe(acts: Float[Array, "n d_in"], labels: Sequence[bool], l2: float = 1.0) -> Probe:
-    """Fit L2-regularised logistic regression on standardised activations (L-BFGS), classes weighted equally.
-
-    Args:
-        acts: activations.
-        labels: True for positives.
-        l2: penalty on the standardised weights, relative to the mean loss times n.
-    """
-    x, flags = np.asarray(acts, dtype=np.float64), np.asarray(labels, dtype=bool)
-    if flags.all() or not flags.any():
-        raise UserError("a probe needs both classes.")
-    mean, sd = x.mean(axis=0), x.std(axis=0)
-    sd = np.where(sd > 1e-8 * max(float(sd.max()), 1e-30), sd, 1.0)
-    z = (x - mean) / sd
-    share = np.where(flags, 0.5 / flags.sum(), 0.5 / (~flags).sum())
-    sign = np.where(flags, 1.0, -1.0)
-
-    def loss(theta: Array) -> tuple[float, Array]:
-        margin = sign * (z @ theta[:-1] + theta[-1])
-        slope = -sign * share * special.expit(-margin)
-        value = float((share * np.logaddexp(0, -margin)).sum() + 0.5 * l2 / len(x) * (theta[:-1] ** 2).sum())
-        return value, np.append(z.T @ slope + l2 / len(x) * theta[:-1], slope.sum())
-
-    best = optimize.minimize(loss, np.zeros(x.shape[1] + 1), jac=True, method="L-BFGS-B").x
-    weight = best[:-1] / sd
-    return Probe(weight, float(best[-1] - mean @ weight))
 
 
 class Detection(NamedTuple):

@@ -19,7 +19,7 @@ import numpy as np
 from sae import stats
 from sae.behavior.causal import Choice, OtherBehavior, causal_report
 from sae.behavior.contrast import ContrastRecord, ContrastSet, Filtered, filter_on_behavior, unfiltered
-from sae.behavior.directions import Detection, Direction, Probe, difference_of_means, logistic_probe
+from sae.behavior.directions import Detection, Direction, difference_of_means
 from sae.behavior.judge import Judge, Verdict
 from sae.behavior.latents import LatentRanking, LatentScore, SiteActs, rank_latents
 from sae.behavior.measure import (
@@ -36,6 +36,7 @@ from sae.behavior.results import CausalReport
 from sae.behavior.select import select_ablation, select_add, select_clamp
 from sae.behavior.settings import BehaviorSettings
 from sae.errors import UserError
+from sae.probe import fit_probe
 from sae.steering.apply import steer
 from sae.steering.interventions import Ablate, ProjectOut
 
@@ -384,7 +385,7 @@ def _detection(
     prompts = prepare(lm, report.records, settings.batch_prompts)
     positions = tuple(dict.fromkeys((int(choice.position), _position(candidate.position))))
     held = collect(lm, [choice.encoder], prompts, positions)
-    probe: Probe = logistic_probe(seen.resid[hook, choice.position], splits["find"].labels)
+    probe = fit_probe(seen.resid[hook, choice.position], splits["find"].labels)
     resid = held.resid[hook, choice.position]
     detectors = (
         (f"latent {candidate.latent}", held.sites[0].acts[candidate.position][:, candidate.latent]),

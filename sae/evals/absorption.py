@@ -46,7 +46,8 @@ from sae import stats
 from sae.autoencoder.sae import SAE
 from sae.errors import UserError
 from sae.evals.geometry import unit
-from sae.evals.probing import LatentActs, Probe, batches, class_difference, columns, fit_probe, held_out_rows
+from sae.evals.probing import LatentActs, batches, class_difference, columns, held_out_rows
+from sae.probe import Probe, fit_probe
 from sae.stats import Interval
 
 Array = np.ndarray

@@ -97,7 +97,7 @@ def by_position(
         counted = batch.mask[:, :-1] & batch.mask[:, 1:]
         clean = _logs(lm, batch, counted, {})
         read = lm.activations(batch, site.reads) if site.kind != "sae" else {}
-        spliced = _logs(lm, batch, counted, splice._edits(sae, site, where, read))
+        spliced = _logs(lm, batch, counted, splice.edits_of(sae, site, where, read))
         targets = batch.tokens[:, 1:][counted].to(clean.device)[:, None]
         ce_clean, ce_sae = (-logs.gather(-1, targets)[:, 0].double().cpu() for logs in (clean, spliced))
         kl = (clean.exp() * (clean - spliced)).sum(-1).double().cpu()

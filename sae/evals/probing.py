@@ -28,11 +28,11 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from numpy.typing import ArrayLike
-from scipy import optimize, special
 from torch import Tensor
 
 from sae import stats
 from sae.errors import UserError
+from sae.probe import fit_probe
 from sae.stats import Interval
 
 Array = np.ndarray
@@ -96,17 +96,6 @@ class ProbingResult(NamedTuple):
     n_test: int
     n_train_groups: int
     n_test_groups: int
-
-
-class Probe(NamedTuple):
-    """A logistic readout: log-odds are x @ weight + bias."""
-
-    weight: Float[Array, " d"]
-    bias: float
-
-    def scores(self, x: ArrayLike) -> Float[Array, " n"]:
-        """Log-odds of rows [n d]."""
-        return np.asarray(x, dtype=np.float64) @ self.weight + self.bias
 
 
 class ClassDifference(NamedTuple):
@@ -218,7 +207,7 @@ class _Setting(NamedTuple):
         clusters, says = groups.tolist(), scores > 0
         # F1 is no mean over rows: each draw counts its own hits and errors.
         rng = np.random.default_rng(self.seed)
-        weights = stats._resample_weights(labels.astype(int), groups, self.n_draws, rng)
+        weights = stats.resample_weights(labels.astype(int), groups, self.n_draws, rng)
         hits, wrong = weights @ (says & labels), weights @ (says != labels)
         draws = np.where(hits > 0, 2 * hits / np.maximum(2 * hits + wrong, 1), 0.0)
         low, high = np.quantile(draws, [0.025, 0.975])
@@ -261,41 +250,6 @@ def check_split(labels: Bool[Array, " n"], groups: Array, test: Bool[Array, " n"
                 f"the {side.sum()} rows of the {name} side have one class only: "
                 "give more groups, another seed, or the sides yourself."
             )
-
-
-def fit_probe(x: ArrayLike, labels: ArrayLike, l2: float = 1.0) -> Probe:
-    """Fit a logistic regression on standardised columns by L-BFGS; both classes count the same.
-
-    Minimises, over weights w of the standardised columns and a bias that is not penalised,
-
-        (mean loss over positives + mean loss over negatives) / 2 + l2 / (2 n) ||w||^2.
-
-    Args:
-        x: [n d].
-        labels: [n], with both classes.
-        l2: the penalty; 1 with equal classes is scikit-learn's C = 1.
-    """
-    values, flags = np.asarray(x, dtype=np.float64), np.asarray(labels).astype(bool)
-    if flags.all() or not flags.any():
-        raise UserError(f"all {len(flags)} labels are {bool(flags.all())}: a probe needs both classes.")
-    if not np.isfinite(values).all():
-        raise UserError("activations hold NaN or infinite values: a probe needs finite ones.")
-    mean, sd = values.mean(axis=0), values.std(axis=0)
-    # A column without spread is left at zero: dividing by its rounding error would make it the largest of all.
-    sd = np.where(sd > 1e-8 * np.maximum(np.abs(values).max(axis=0), 1e-30), sd, np.inf)
-    z = (values - mean) / sd
-    share = np.where(flags, 0.5 / flags.sum(), 0.5 / (~flags).sum())
-    sign = np.where(flags, 1.0, -1.0)
-
-    def loss(theta: Array) -> tuple[float, Array]:
-        margin = sign * (z @ theta[:-1] + theta[-1])
-        slope = -sign * share * special.expit(-margin)
-        value = float((share * np.logaddexp(0, -margin)).sum() + 0.5 * l2 / len(z) * (theta[:-1] ** 2).sum())
-        return value, np.append(z.T @ slope + l2 / len(z) * theta[:-1], slope.sum())
-
-    best = optimize.minimize(loss, np.zeros(z.shape[1] + 1), jac=True, method="L-BFGS-B").x
-    weight = best[:-1] / sd
-    return Probe(weight, float(best[-1] - mean @ weight))
 
 
 def class_difference(latent_acts: LatentActs, labelings: ArrayLike, rows: ArrayLike) -> ClassDifference:

@@ -111,7 +111,7 @@ def splice_all(
             zero = logs({name: _replace(where, torch.zeros_like) for name in writes})
             for sae, site, total in zip(saes, sites, totals, strict=True):
                 if site.writes == writes:
-                    total.add(clean, logs(_edits(sae, site, where, read)), zero, targets)
+                    total.add(clean, logs(edits_of(sae, site, where, read)), zero, targets)
             del zero
         progress()
     return [total.result() for total in totals]
@@ -154,8 +154,11 @@ class _Totals:
         )
 
 
-def _edits(sae: SAE, site: Site, where: Tensor, read: Mapping[str, Tensor]) -> dict[str, Callable[..., Tensor]]:
-    """What puts the reconstruction in place, by hook point."""
+def edits_of(sae: SAE, site: Site, where: Tensor, read: Mapping[str, Tensor]) -> dict[str, Callable[..., Tensor]]:
+    """What puts a reconstruction in the place of activations, by hook point.
+
+    `read` holds the activations of a clean pass that a transcoder or crosscoder reads; an SAE needs none.
+    """
     if site.kind == "sae":
         return {site.writes[0]: _replace(where, lambda acts: sae(acts).recons)}
     recons = sae(torch.cat([read[name] for name in site.reads], dim=-1)).recons

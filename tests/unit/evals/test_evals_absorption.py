@@ -18,7 +18,8 @@ from sae.evals.absorption import (
     word_absorption,
     word_activations,
 )
-from sae.evals.probing import Probe, held_out_rows
+from sae.evals.probing import held_out_rows
+from sae.probe import Probe
 
 D_IN, PARENT, CHILD, OTHER = 8, 0, 1, 2
 AXES = torch.eye(D_IN)
