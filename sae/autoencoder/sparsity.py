@@ -27,8 +27,11 @@ from sae.kernels.reference import Kernels
 class Options:
     """Training knobs of an architecture. Lengths are in normalised units, where E||x||^2 = d_in.
 
-    Subclasses add fields, each with a default, and check them in `__post_init__`.
+    Subclasses add fields, each with a default, and check them in `__post_init__`, which calls that of `super()`.
     """
+
+    def __post_init__(self) -> None:
+        """Refuse values that are out of range."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,10 @@ class Sparsity(nn.Module):
         self.l0 = l0
         self.options = self.options_class() if options is None else options
         self.schedule = schedule
+        self.setup()
+
+    def setup(self) -> None:
+        """Make parameters, buffers and controllers; called once, at the end of `__init__`."""
 
     @classmethod
     def check(cls, d_sae: int, l0: float | int) -> None:

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.autoencoder.sparsity import BatchStats, Options, Schedule, Sparsity, nth_largest, register
+from sae.autoencoder.sparsity import BatchStats, Options, Sparsity, nth_largest, register
 from sae.errors import UserError
 from sae.kernels.operands import Entries, Projection
 from sae.kernels.reference import Kernels
@@ -20,6 +20,7 @@ class BatchTopKOptions(Options):
     """Longest memory of the average threshold; short runs use a shorter one."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.threshold_beta < 1:
             raise UserError(f"option threshold_beta = {self.threshold_beta} is not in [0, 1).")
 
@@ -39,14 +40,8 @@ class BatchTopK(Sparsity):
     threshold: Tensor
     n_updates: Tensor
 
-    def __init__(
-        self,
-        d_sae: int,
-        l0: float | int,
-        options: BatchTopKOptions | None = None,
-        schedule: Schedule = Schedule(),  # noqa: B008 - immutable
-    ) -> None:
-        super().__init__(d_sae, l0, options, schedule)
+    def setup(self) -> None:
+        """The threshold, and how often it was moved."""
         self.register_buffer("threshold", torch.tensor(0.0))
         self.register_buffer("n_updates", torch.tensor(0, dtype=torch.int64))
 

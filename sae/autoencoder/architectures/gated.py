@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sae.autoencoder.architectures.controller import L0Controller
-from sae.autoencoder.sparsity import Active, BatchStats, Options, Schedule, Sparsity, register
+from sae.autoencoder.sparsity import Active, BatchStats, Options, Sparsity, register
 from sae.errors import UserError
 from sae.kernels.operands import Entries, Projection
 from sae.kernels.reference import Kernels
@@ -21,6 +21,7 @@ class GatedOptions(Options):
     """Where the coefficient of the gate's L1 starts; a controller moves it to meet the target L0."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.l1_init < math.inf:
             raise UserError(f"option l1_init = {self.l1_init} is not above 0: raise it.")
 
@@ -38,17 +39,11 @@ class Gated(Sparsity):
     unitless = frozenset({"log_gain"})
     options: GatedOptions
 
-    def __init__(
-        self,
-        d_sae: int,
-        l0: float | int,
-        options: GatedOptions | None = None,
-        schedule: Schedule = Schedule(),  # noqa: B008 - immutable
-    ) -> None:
-        super().__init__(d_sae, l0, options, schedule)
-        self.log_gain = nn.Parameter(torch.zeros(d_sae))
-        self.shift = nn.Parameter(torch.zeros(d_sae))
-        self.controller = L0Controller(self.options.l1_init, l0, schedule)
+    def setup(self) -> None:
+        """Gains and shifts of the magnitudes, and the controller of the gates' penalty."""
+        self.log_gain = nn.Parameter(torch.zeros(self.d_sae))
+        self.shift = nn.Parameter(torch.zeros(self.d_sae))
+        self.controller = L0Controller(self.options.l1_init, self.l0, self.schedule)
 
     def activate(self, pre_acts: Tensor, cols: Tensor | slice) -> Tensor:
         """The magnitude where the gate is open; the gate's step passes no gradient."""

@@ -17,6 +17,7 @@ class HierarchicalTopKOptions(Options):
     """Values of k below l0 at which the reconstruction counts; () means the powers of two."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if any(not isinstance(k, int) or k < 1 for k in self.ks) or sorted(set(self.ks)) != list(self.ks):
             raise UserError(f"option ks = {list(self.ks)} is not a rising list of whole numbers from 1.")
 

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sae.autoencoder.architectures.controller import L0Controller
-from sae.autoencoder.sparsity import Active, BatchStats, Options, Schedule, Sparsity, nth_largest, register
+from sae.autoencoder.sparsity import Active, BatchStats, Options, Sparsity, nth_largest, register
 from sae.errors import UserError, unknown
 from sae.kernels.operands import Entries, Projection
 from sae.kernels.reference import Kernels
@@ -39,6 +39,7 @@ class JumpReLUOptions(Options):
     """Weight of relu(threshold - pre_act), summed over dead latents (Anthropic's revival; 3e-6 there); 0 is none."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.penalty not in PENALTIES:
             raise unknown("option penalty", self.penalty, list(PENALTIES))
         for name in ("penalty_init", "tanh_scale", "bandwidth"):
@@ -63,16 +64,10 @@ class JumpReLU(Sparsity):
     uses_auxk = True
     options: JumpReLUOptions
 
-    def __init__(
-        self,
-        d_sae: int,
-        l0: float | int,
-        options: JumpReLUOptions | None = None,
-        schedule: Schedule = Schedule(),  # noqa: B008 - immutable
-    ) -> None:
-        super().__init__(d_sae, l0, options, schedule)
-        self.threshold = nn.Parameter(torch.zeros(d_sae))
-        self.controller = L0Controller(self.options.penalty_init, l0, schedule)
+    def setup(self) -> None:
+        """The thresholds, and the controller that some penalties have."""
+        self.threshold = nn.Parameter(torch.zeros(self.d_sae))
+        self.controller = L0Controller(self.options.penalty_init, self.l0, self.schedule)
 
     def initialise(self, pre_acts: Float[Tensor, "batch d_sae"]) -> None:
         """Start at the one threshold that gives the target L0: from zero, a short run would hardly get there."""

@@ -30,6 +30,7 @@ class MatryoshkaOptions(Options):
     """Draw so many prefixes log-uniformly for each step instead; 0 takes the fixed ones."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if any(not 0 < part < 1 for part in self.prefixes) or sorted(set(self.prefixes)) != list(self.prefixes):
             raise UserError(f"option prefixes = {list(self.prefixes)} is not a rising list of fractions of d_sae.")
         if self.n_sampled < 0:
@@ -64,10 +65,6 @@ class Matryoshka(Sparsity):
 class MatryoshkaBatchTopKOptions(MatryoshkaOptions, BatchTopKOptions):
     """Of `matryoshka_batch_topk`."""
 
-    def __post_init__(self) -> None:
-        MatryoshkaOptions.__post_init__(self)
-        BatchTopKOptions.__post_init__(self)
-
 
 @register
 class MatryoshkaBatchTopK(Matryoshka, BatchTopK):
@@ -81,10 +78,6 @@ class MatryoshkaBatchTopK(Matryoshka, BatchTopK):
 @dataclass(frozen=True)
 class MatryoshkaJumpReLUOptions(MatryoshkaOptions, JumpReLUOptions):
     """Of `matryoshka_jumprelu`."""
-
-    def __post_init__(self) -> None:
-        MatryoshkaOptions.__post_init__(self)
-        JumpReLUOptions.__post_init__(self)
 
 
 @register

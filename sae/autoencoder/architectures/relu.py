@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sae.autoencoder.architectures.controller import L0Controller
-from sae.autoencoder.sparsity import Active, BatchStats, Options, Schedule, Sparsity, register
+from sae.autoencoder.sparsity import Active, BatchStats, Options, Sparsity, register
 from sae.errors import UserError
 from sae.kernels.operands import Entries, Projection
 from sae.kernels.reference import Kernels
@@ -30,6 +30,7 @@ class ReLUOptions(Options):
     """Part of the run after which the power begins to fall, linearly, from 1."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("l1_init", "p_end"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"option {name} = {getattr(self, name)} is not above 0: raise it.")
@@ -50,15 +51,9 @@ class ReLU(Sparsity):
     options_class = ReLUOptions
     options: ReLUOptions
 
-    def __init__(
-        self,
-        d_sae: int,
-        l0: float | int,
-        options: ReLUOptions | None = None,
-        schedule: Schedule = Schedule(),  # noqa: B008 - immutable
-    ) -> None:
-        super().__init__(d_sae, l0, options, schedule)
-        self.controller = L0Controller(self.options.l1_init, l0, schedule)
+    def setup(self) -> None:
+        """The controller of the penalty."""
+        self.controller = L0Controller(self.options.l1_init, self.l0, self.schedule)
 
     def select(self, kernels: Kernels, projection: Projection) -> Entries | None:
         """All positive pre-activations, once they are few."""
