@@ -175,7 +175,11 @@ def test_checkpoints_by_time(tmp_path):
     assert checkpoint.latest(tmp_path / "checkpoints").name.endswith("5")
 
 
-def test_a_late_signal_is_not_swallowed(tmp_path):
+def test_a_late_signal_is_not_swallowed(tmp_path, request):
+    # A shell starts what it puts into the background with SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
+
     def late(step, n_steps):
         if step == n_steps:
             signal.raise_signal(signal.SIGINT)
