@@ -24,6 +24,11 @@ class Stage(NamedTuple):
 
 
 RECIPE = "recipe.json"  # in a run's folder: the settings it was begun with
+# What is said for one command only, and is no part of a run's settings:
+ONCE = ("force=", "steer.", "organism.action=", "suite=", "bench.", "plan=", "eval.saes=", "eval.force=")
+# Stages that try values out: a run's own of these keys do not reach them, nor do theirs become the run's. What else
+# they are given is remembered only where the run has no value yet.
+TRIALS = {"l0": ("sae.l0=",)}
 
 STAGES = {
     "demo": Stage("sae.stages.demo", "the whole path on one model, ending in a report"),
@@ -131,10 +136,14 @@ def _job_name() -> str:
 
 
 class Recipe(NamedTuple):
-    """How a run's configuration is composed: a config file and overrides."""
+    """How a run's configuration is composed."""
 
     config: str
+    """The config file."""
     overrides: list[str]
+    """What comes on top, for this command."""
+    kept: list[str]
+    """What the run is to remember of it."""
 
 
 def _recipe(stage: str, overrides: list[str]) -> Recipe:
@@ -146,23 +155,31 @@ def _recipe(stage: str, overrides: list[str]) -> Recipe:
 
     values = dict(item.split("=", 1) for item in overrides if item.startswith(("name=", "runs=")))
     default = "demo" if stage == "demo" else "run"
-    if stage == "demo" and "name" not in values:
-        return Recipe(stage, overrides)  # its own folder is scratch space: it begins anew with other settings
     path = Path(values.get("runs", "runs")) / values.get("name", default) / RECIPE
-    if not path.is_file():
-        return Recipe(stage, overrides)
-    kept = read_json(path)
-    merged = {item.split("=", 1)[0]: item for item in (*kept["overrides"], *overrides)}
-    return Recipe(kept["config"], list(merged.values()))
+    begun: dict[str, Any] = {"config": stage, "overrides": []}
+    if path.is_file() and (stage != "demo" or "name" in values):  # else scratch space, begun anew with other settings
+        begun = read_json(path)
+    kept = _without(begun["overrides"], ONCE)
+    tried = TRIALS.get(stage, ())
+    lasting = _without(overrides, (*ONCE, *tried))
+    remembered = _merged(lasting, kept) if tried else _merged(kept, lasting)
+    return Recipe(begun["config"], _merged(_without(kept, tried), overrides), remembered)
+
+
+def _without(overrides: list[str], starts: tuple[str, ...]) -> list[str]:
+    return [item for item in overrides if not item.lstrip("+").startswith(starts)]
+
+
+def _merged(first: list[str], then: list[str]) -> list[str]:
+    """All overrides, one a key: the last that was given."""
+    return list({item.split("=", 1)[0]: item for item in (*first, *then)}.values())
 
 
 def _remember(recipe: Recipe, folder: Path) -> None:
-    """Note the settings of a run that has got somewhere; single-use keys are left out."""
+    """Note the settings of a run that has got somewhere."""
     from sae.files import write_json
 
-    once = ("force=", "steer.", "organism.action=", "suite=", "bench.", "plan=")
-    kept = [item for item in recipe.overrides if not item.startswith(once)]
-    write_json(folder / RECIPE, {"config": recipe.config, "overrides": kept})
+    write_json(folder / RECIPE, {"config": recipe.config, "overrides": recipe.kept})
 
 
 def _one_sentence(error: BaseException) -> str:

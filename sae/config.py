@@ -178,7 +178,7 @@ class EvalConfig:
 
     batch_tokens: int = 4_096  # tokens in one forward pass with logits, padding included
     splice: bool = True  # CE and KL with the reconstruction spliced in
-    saes: list[str] = field(default_factory=list)  # folders of SAEs to evaluate instead of training the run's own
+    saes: list[str] = field(default_factory=list)  # folders of SAEs to evaluate (into eval/given/) instead of the run's
     force: bool = False  # evaluate SAEs that were trained on another model, too
 
     def __post_init__(self) -> None:
@@ -280,7 +280,7 @@ class RunConfig:
     suite: str = "train"  # what `sae bench` measures (all: everything), or sae eval suite=ground_truth[_quick]
     plan: bool = False  # sae train: only say what memory, disk and time it would take
     force: bool = False  # do a stage again although its output is there
-    job: str = ""  # set by a multirun: the job's folder inside the run's
+    job: str = ""  # set by a multirun, and by `sae l0`: the job's folder inside the run's
 
     def __post_init__(self) -> None:
         bad = not self.name or self.name in (".", "..") or any(c in self.name for c in "/\\\0")

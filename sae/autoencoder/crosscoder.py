@@ -30,8 +30,7 @@ class Crosscoder(SAE):
 
     def split(self, x: Float[Tensor, "... d_in"]) -> tuple[Float[Tensor, "... d"], ...]:
         """The sources apart: views, in the site's order."""
-        widths = self.config.source_widths or [self.config.d_in // len(self.sources)] * len(self.sources)
-        return x.split(widths, dim=-1)
+        return x.split(self.config.read_widths, dim=-1)
 
     def decoder_norms(self) -> Float[Tensor, "d_sae source"]:
         """Norm of each latent's decoder row at each source, relative to what is typical of the source.

@@ -84,6 +84,12 @@ class SAEConfig:
         return Site.parse(self.hook_name)
 
     @property
+    def read_widths(self) -> list[int]:
+        """Widths of the hook points it reads, in the site's order."""
+        n_sources = len(self.site.reads)
+        return list(self.source_widths) or [self.d_in // n_sources] * n_sources
+
+    @property
     def width_out(self) -> int:
         """Width of what is reconstructed."""
         return self.d_out or self.d_in

@@ -35,6 +35,7 @@ STAGES = (
     "train",
     "l0",
     "eval",
+    "eval/given",
     "behavior",
     "steer",
     "localize",
@@ -289,6 +290,8 @@ def read_run(run_folder: Path | str) -> ReportData:
     data.lm = find_lm(folder, data, results)
     train, evaluation = results.get("train", {}), results.get("eval", {})
     data.tokens = as_int(train.get("tokens", train.get("n_tokens")))
+    if not evaluation and not train:
+        evaluation = results.get("eval/given", {})  # a run that only looks at SAEs from elsewhere
     data.evaluated = bool(as_list(evaluation.get("saes")))
     data.saes = [read_sae(entry) for entry in as_list(evaluation.get("saes")) or as_list(train.get("saes"))]
     behaviors = as_dict(results.get("behavior", {}).get("behaviors"))

@@ -88,6 +88,11 @@ def model_key(lm: LanguageModel) -> str:
     return sha256_json([lm.fingerprint, str(lm.dtype), tokenizer, lm.tokenizer.chat_template])
 
 
+def is_kept(config: RunConfig, folder: Path, settings: Any, inputs: dict[str, str]) -> bool:
+    """Tell whether `skip` will find a stage's output there already; nothing is touched."""
+    return not config.force and is_done(folder, settings, inputs)
+
+
 def skip(config: RunConfig, folder: Path, settings: Any, inputs: dict[str, str], *, replace: bool = True) -> bool:
     """Tell whether a stage's output is there already, and say so; if not, open its folder for writing.
 
@@ -103,13 +108,30 @@ def skip(config: RunConfig, folder: Path, settings: Any, inputs: dict[str, str],
     Raises:
         UserError: a finished output of other settings is there and may not be replaced.
     """
-    if not config.force and is_done(folder, settings, inputs):
+    if is_kept(config, folder, settings, inputs):
         print(f"{folder}: done before with these settings, kept (force=true does it again)")
         return True
     if not replace and not config.force and (folder / MANIFEST).is_file():
         raise UserError(OTHER_SETTINGS.format(folder=str(folder)))
     (folder / MANIFEST).unlink(missing_ok=True)
     return False
+
+
+def noted_hash(file: Path, folder: Path, name: str) -> str:
+    """Content hash of an input that may have been deleted since it was used.
+
+    Args:
+        file: the input.
+        folder: the stage's folder. Where the file is gone, the hash that a finished stage noted in it stands for it.
+        name: of the input in the stage's manifest.
+
+    Returns:
+        The hash; empty where the file is gone and was not noted.
+    """
+    if file.is_file():
+        return sha256_file(file)
+    manifest = folder / MANIFEST
+    return str(read_json(manifest)["inputs"].get(name, "")) if manifest.is_file() else ""
 
 
 def say_waiting() -> None:

@@ -1,65 +1,80 @@
-"""`sae eval`: every SAE of a run on held-out tokens, which training never saw.
+"""`sae eval`: every SAE of a run, or those of `eval.saes`, on held-out tokens, which training never saw.
 
 Reconstruction (L0, FVU, cosine, densities, dead latents) comes from one pass of the language model over the held-out
 rows for all SAEs together; CE and KL from splicing each reconstruction into the model.
 """
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from sae.activations.harvest import Passes
-from sae.autoencoder.sae import SAE
+from sae.autoencoder.sae import SAE, WEIGHTS_FILE
 from sae.config import RunConfig
 from sae.errors import UserError
 from sae.evals.reconstruction import ReconstructionMeter, ReconstructionResult
 from sae.evals.splice import SpliceResult, splice_all
-from sae.files import sha256_file, write_json, write_manifest, write_tensors
+from sae.files import write_json, write_manifest, write_tensors
 from sae.lm.model import LanguageModel
 from sae.lm.tokens import PackedTokens, TokenBatch, sae_mask
 from sae.report.progress import Progress
 from sae.report.terminal import summary_table
 from sae.stages import common, ground_truth
 from sae.stages.harvest import ensure_tokens
-from sae.stages.train import ensure_trained, make_grid
-from sae.train.run import start_folder
+from sae.stages.train import ensure_trained, make_grid, start_inputs
+from sae.train.grid import SAESpec
+from sae.train.start import start_folder
+
+GIVEN = "given"
+"""Where in `eval/` the results on `eval.saes` go; those on the run's own SAEs lie in `eval/` itself."""
+
+
+class _Subjects(NamedTuple):
+    """What is evaluated, and where its results go."""
+
+    paths: list[Path]
+    folder: Path
+    stage: str
+    """What the metrics call it."""
+    specs: list[SAESpec]
+    """Of the run's own SAEs; none where others are given."""
 
 
 def ensure_evaluated(config: RunConfig, lm: LanguageModel) -> list[dict[str, Any]]:
-    """Evaluate the run's SAEs, or read their evaluation. Return one record an SAE, in the order of the grid.
+    """Evaluate the run's SAEs, or those of `eval.saes`, or read their evaluation. Return one record an SAE, in order.
 
     SAEs that training went on from come last, as they were before it.
     """
-    own = ensure_trained(config, lm) if not config.eval.saes else [Path(text) for text in config.eval.saes]
-    starts = [path for path in _starts(config, lm) if path not in own] if not config.eval.saes else []
-    paths = [*own, *starts]
+    found = _subjects(config, lm)
     clock = common.Clock()
     tokens = ensure_tokens(config, lm)
-    folder = config.folder / "eval"
+    folder, start = found.folder, config.train.start
     settings = {"eval": config.eval, "include_special": config.data.include_special}
     inputs = {"lm": common.model_key(lm), "tokens": tokens.fingerprint}
-    inputs |= {str(path): sha256_file(path / "weights.safetensors") for path in paths}
+    inputs |= {str(path): common.noted_hash(path / WEIGHTS_FILE, folder, str(path)) for path in found.paths}
+    inputs |= start_inputs(folder, found.specs, start)
+    saes: dict[Path, SAE] = {}
+    starts = _starts(start, found.specs)
+    if not common.is_kept(config, folder, settings, inputs):  # what is refused must not cost what is there
+        saes = _load(config, lm, found.paths, starts)
     if common.skip(config, folder, settings, inputs):
         return common.read_result(folder)["saes"]
-    saes = [SAE.load(path, device=lm.device) for path in paths]
-    if config.eval.saes or starts:
-        for path, sae in zip(paths, saes, strict=True):
-            # An SAE that training goes on from may well be another model's: that is what it is trained for.
-            check_belongs(lm, sae, path, force=config.eval.force or path in starts)
-    reconstruction = measure_reconstruction(lm, saes, tokens.corpus.held_out, config)
-    spliced = _splice_all(lm, saes, tokens.corpus.held_out, config)
+    inputs |= start_inputs(folder, found.specs, start)  # what is gone is left out now, and may come back
+    reconstruction = measure_reconstruction(lm, [*saes.values()], tokens.corpus.held_out, config)
+    spliced = _splice_all(lm, [*saes.values()], tokens.corpus.held_out, config)
     records = [
-        _record(path, sae, found, damage) | {"before_training": path in starts}
-        for path, sae, found, damage in zip(paths, saes, reconstruction, spliced, strict=True)
+        _record(path, sae, one, damage) | {"before_training": path in starts, "density_file": _density_file(place)}
+        for place, ((path, sae), one, damage) in enumerate(zip(saes.items(), reconstruction, spliced, strict=True))
     ]
-    for path, found in zip(paths, reconstruction, strict=True):
-        name = _density_name(config, path)
-        write_tensors(folder / "density" / f"{name}.safetensors", {"density": found.density.float()})
+    shutil.rmtree(folder / "density", ignore_errors=True)  # of an earlier evaluation, maybe of more SAEs
+    for record, one in zip(records, reconstruction, strict=True):
+        write_tensors(folder / record["density_file"], {"density": one.density.float()})
     wall = clock.seconds()
     write_json(folder / "result.json", {"schema_version": 1, "saes": records, "wall_s": wall})
-    _log(config, folder, records)
+    _log(config, found, records)
     write_manifest(folder, "eval", settings, inputs)
     columns = ["hook_name", "architecture", "d_sae", "l0", "fvu", "ce_recovered", "delta_ce", "kl", "dead_fraction"]
     columns += ["before_training"] if starts else []
@@ -68,16 +83,34 @@ def ensure_evaluated(config: RunConfig, lm: LanguageModel) -> list[dict[str, Any
     return records
 
 
-def _starts(config: RunConfig, lm: LanguageModel) -> list[Path]:
-    """The SAEs that the run's own were trained from."""
-    found = [start_folder(config.train.start, spec) for spec in make_grid(config, lm)]
-    return list(dict.fromkeys(path for path in found if path is not None))
+def _subjects(config: RunConfig, lm: LanguageModel) -> _Subjects:
+    """The SAEs of `eval.saes`; or the run's own, trained where they are not yet."""
+    folder = config.folder / "eval"
+    if config.eval.saes:
+        given = list(dict.fromkeys(Path(text) for text in config.eval.saes))
+        return _Subjects(given, folder / GIVEN, f"eval-{GIVEN}", [])
+    return _Subjects(ensure_trained(config, lm), folder, "eval", make_grid(config, lm))
 
 
-def _density_name(config: RunConfig, path: Path) -> str:
-    """A file's name for an SAE's densities: its place in the run, or its whole path for one from elsewhere."""
-    train = config.folder / "train"
-    return str(path.relative_to(train) if path.is_relative_to(train) else path).strip("/").replace("/", "-")
+def _starts(start: str, specs: list[SAESpec]) -> list[Path]:
+    """The SAEs that those of the grid were trained from, but for those deleted since."""
+    found = dict.fromkeys(path for path in (start_folder(start, spec) for spec in specs) if path is not None)
+    return [path for path in found if (path / WEIGHTS_FILE).is_file()]
+
+
+def _load(config: RunConfig, lm: LanguageModel, paths: list[Path], starts: list[Path]) -> dict[Path, SAE]:
+    """Open what is to be evaluated; refuse what does not belong to the model."""
+    saes = {path: SAE.load(path, device=lm.device) for path in (*paths, *starts)}
+    if config.eval.saes or starts:
+        for path, sae in saes.items():
+            # An SAE that training goes on from may well be another model's: that is what it is trained for.
+            check_belongs(lm, sae, path, force=config.eval.force or path in starts)
+    return saes
+
+
+def _density_file(place: int) -> str:
+    """Where an SAE's densities lie in the stage's folder; numbered, as its own path may be too long for a name."""
+    return f"density/{place:04d}.safetensors"
 
 
 def check_belongs(lm: LanguageModel, sae: SAE, path: Path, *, force: bool) -> None:
@@ -180,9 +213,9 @@ def _record(path: Path, sae: SAE, found: ReconstructionResult, damage: SpliceRes
     return record
 
 
-def _log(config: RunConfig, folder: Path, records: list[dict[str, Any]]) -> None:
+def _log(config: RunConfig, found: _Subjects, records: list[dict[str, Any]]) -> None:
     """Put the table and the density histograms into the metric sink."""
-    with common.open_sink(config, folder, "eval") as sink:
+    with common.open_sink(config, found.folder, found.stage) as sink:
         columns = [name for name in records[0] if name != "density_histogram"]
         sink.table("saes", columns, [[record[name] for name in columns] for record in records])
         for record in records:

@@ -7,6 +7,7 @@ reach into tokens that do not need them (see `sae.evals.l0`). `sae.l0=[...]` nam
 """
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +33,8 @@ def run(config: RunConfig) -> None:
     lm = common.open_lm(config.lm)
     clock = common.Clock()
     probe = _probe_config(config)
-    records = ensure_evaluated(probe, lm)
+    # SAEs that training goes on from, as they were before it, are no candidates.
+    records = [record for record in ensure_evaluated(probe, lm) if not record["before_training"]]
     folder = probe.folder
     rows = _project(probe, lm, records)
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
@@ -57,14 +59,15 @@ def run(config: RunConfig) -> None:
 
 
 def _probe_config(config: RunConfig) -> RunConfig:
-    """The same run with a grid over L0, in a folder of its own; the store is the run's."""
+    """The same run, or job of a multirun, with a grid over L0, in a folder of its own; the store is the run's."""
     values = [float(value) for value in config.sae.l0]
     if values == SAEGridConfig().l0:  # none were named
         largest = min(config.sae.d_sae) / 4
         values = [float(value) for value in CANDIDATES if value <= largest]
     if len(set(values)) < 2:
         raise UserError(f"sae.l0={values} leaves nothing to choose: give several values, sae.l0=[8,16,32,64].")
-    return dataclasses.replace(config, sae=dataclasses.replace(config.sae, l0=sorted(set(values))), job=JOB)
+    sae = dataclasses.replace(config.sae, l0=sorted(set(values)))
+    return dataclasses.replace(config, sae=sae, job=str(Path(config.job) / JOB))
 
 
 @torch.no_grad()

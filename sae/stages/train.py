@@ -15,9 +15,11 @@ import torch
 from sae.activations.prefetch import Prefetch
 from sae.activations.reader import StoreReader
 from sae.activations.stream import ActivationStream, LiveStream, StoreStream
+from sae.autoencoder.sae import CONFIG_FILE, WEIGHTS_FILE
 from sae.autoencoder.sparsity import check_options
 from sae.config import RunConfig, Stream
 from sae.device import pick_device
+from sae.errors import UserError
 from sae.files import is_done, lock, sha256_json, write_json, write_manifest
 from sae.lm.model import LanguageModel
 from sae.report.log import Sink
@@ -29,6 +31,7 @@ from sae.train.checkpoint import latest
 from sae.train.controls import TRAINED
 from sae.train.grid import SAESpec, grid
 from sae.train.settings import TrainSettings
+from sae.train.start import check_starts, start_folder, start_hash
 from sae.train.trainer import CHECKPOINTS, Interrupted, TrainResult, train
 
 
@@ -107,9 +110,11 @@ def ensure_trained(config: RunConfig, lm: LanguageModel) -> list[Path]:
     specs = make_grid(config, lm)
     settings = make_settings(config)
     device = pick_device(config.train.device)
-    tokens = ensure_tokens(config, lm)
     folder = config.folder / "train"
     paths = [folder / spec.folder for spec in specs]
+    if config.force or not _complete(folder, paths):
+        _check_starts(config, lm, specs, settings.start)
+    tokens = ensure_tokens(config, lm)
     # The store itself is not among the inputs: it may be deleted once the SAEs are trained.
     depends = {
         "specs": specs,
@@ -118,12 +123,12 @@ def ensure_trained(config: RunConfig, lm: LanguageModel) -> list[Path]:
         "stream_seed": config.train.seed,
         "store": store_settings(config, hook_names),
     }
-    inputs = {"lm": common.model_key(lm), "tokens": tokens.fingerprint}
+    inputs = {"lm": common.model_key(lm), "tokens": tokens.fingerprint} | start_inputs(folder, specs, settings.start)
     with lock(folder, common.say_waiting):
-        complete = all((path / "config.json").is_file() for path in paths)
-        if is_done(folder, depends, inputs) and not complete:
+        if is_done(folder, depends, inputs) and not _complete(folder, paths):
             (folder / common.MANIFEST).unlink()  # an SAE was deleted since: train again
         if common.skip(config, folder, depends, inputs, replace=False):
+            _say_gone(folder, specs, settings.start)
             return paths
         if config.force:
             shutil.rmtree(folder, ignore_errors=True)
@@ -133,6 +138,40 @@ def ensure_trained(config: RunConfig, lm: LanguageModel) -> list[Path]:
         _write_result(folder, result)
         write_manifest(folder, "train", depends, inputs)
     return paths
+
+
+def _check_starts(config: RunConfig, lm: LanguageModel, specs: list[SAESpec], start: str) -> None:
+    """Refuse SAEs that training cannot go on from, before any text is read."""
+    check_starts(start, specs, {name: lm.d_in(name) for name in common.pick_hooks(config, lm)})
+    folder = config.folder / "train"
+    if config.force and start and Path(start).resolve().is_relative_to(folder.resolve()):
+        raise UserError(
+            f"train.start={start!r} lies in {str(folder)!r}, which force=true deletes first: choose another name=."
+        )
+
+
+def _complete(folder: Path, paths: list[Path]) -> bool:
+    """Tell whether training was finished here, and no SAE was deleted since."""
+    return (folder / common.MANIFEST).is_file() and all((path / CONFIG_FILE).is_file() for path in paths)
+
+
+def start_inputs(folder: Path, specs: list[SAESpec], start: str) -> dict[str, str]:
+    """The weights that training starts from, as inputs of a stage that works in `folder`.
+
+    Named after the SAEs to train: those to start from may move, and once a stage is finished they may go.
+    """
+    inputs = {}
+    for spec in specs:
+        place = start_folder(start, spec)
+        if place is not None:
+            name = f"start of {spec.folder}"
+            inputs[name] = common.noted_hash(place / WEIGHTS_FILE, folder, name)
+    return inputs
+
+
+def _say_gone(folder: Path, specs: list[SAESpec], start: str) -> None:
+    if start and not all(start_hash(start, spec) for spec in specs):
+        print(f"train.start={start} is no longer there; {folder / common.MANIFEST} notes which weights it had")
 
 
 class _LazySink:
@@ -223,6 +262,8 @@ def run(config: RunConfig) -> None:
     """Run the stage; with `plan=true` only say what it would take."""
     lm = common.open_lm(config.lm)
     if config.plan:
-        plan.run(config, lm, make_grid(config, lm), make_settings(config))
+        specs, settings = make_grid(config, lm), make_settings(config)
+        _check_starts(config, lm, specs, settings.start)
+        plan.run(config, lm, specs, settings)
     else:
         ensure_trained(config, lm)

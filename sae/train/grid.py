@@ -1,10 +1,12 @@
 """The grid of SAEs one run trains from one stream: sites x widths x architectures x targets x seeds x controls."""
 
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
 from itertools import product
+from typing import Any
 
+from sae.autoencoder.sae import SAEConfig
 from sae.autoencoder.site import Site
 from sae.autoencoder.sparsity import find_architecture
 from sae.errors import UserError, unknown
@@ -57,6 +59,44 @@ class SAESpec:
         l0 = str(int(self.l0)) if self.l0 == int(self.l0) else repr(self.l0)
         more = ("-skip" if self.skip else "") + (f"-{self.control}" if self.control else "")
         return f"{self.site.folder}/{self.architecture}-{self.d_sae}-l0_{l0}-s{self.seed}{more}"
+
+    def config(
+        self,
+        widths: Mapping[str, int],
+        options: Mapping[str, Any],
+        lm_name: str = "",
+        lm_fingerprint: str = "",
+    ) -> SAEConfig:
+        """What the SAE will be.
+
+        Args:
+            widths: of the activations at its hook points, by name.
+            options: of the architectures of the grid; it takes those that are its own.
+            lm_name: the language model whose activations they are.
+            lm_fingerprint: content hash of that model's weights.
+        """
+        site = self.site
+        d_in, d_out = (sum(widths[name] for name in names) for names in (site.reads, site.writes))
+        known = {item.name for item in fields(find_architecture(self.architecture).options_class)}
+        return SAEConfig(
+            architecture=self.architecture,
+            d_in=d_in,
+            d_sae=self.d_sae,
+            l0=self.l0,
+            seed=self.seed,
+            hook_name=self.hook_name,
+            lm_name=lm_name,
+            lm_fingerprint=lm_fingerprint,
+            d_out=d_out if site.kind == "transcoder" else 0,
+            source_widths=[widths[name] for name in site.reads] if site.kind == "crosscoder" else [],
+            skip=self.skip,
+            # As JSON has them: a list comes back as a list.
+            options={
+                name: list(value) if isinstance(value, tuple) else value
+                for name, value in options.items()
+                if name in known
+            },
+        )
 
 
 def grid(

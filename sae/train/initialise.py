@@ -93,34 +93,6 @@ def initialise(sae: SAE, stats: Mapping[str, InputStats]) -> None:
         sae.sparsity.initialise(sae.pre_acts(sample))
 
 
-@torch.no_grad()
-def go_on_from(sae: SAE, trained: SAE, scales: Mapping[str, float]) -> None:
-    """Give a fresh SAE the weights of a trained one, in its own normalised units.
-
-    Args:
-        sae: the SAE that will be trained.
-        trained: what it starts from; changed in place.
-        scales: what the activations of each hook point are multiplied by in the training to come.
-
-    Raises:
-        UserError: the two are not alike.
-    """
-    ours, theirs = sae.config, trained.config
-    for name in ("architecture", "d_in", "d_sae", "width_out", "skip"):
-        if getattr(ours, name) != getattr(theirs, name):
-            raise UserError(
-                f"the SAE to start from has {name} = {getattr(theirs, name)!r}, but the one to train has "
-                f"{getattr(ours, name)!r}: make them equal."
-            )
-    if ours.site.kind != theirs.site.kind:
-        raise UserError(f"the SAE to start from is a {theirs.site.kind}, not a {ours.site.kind}: start from another.")
-    # Folding in the reciprocal of a scale takes the scale out.
-    reads, writes = ([1 / scales[name] for name in names] for names in (ours.site.reads, ours.site.writes))
-    trained.fold_scales(reads, writes)
-    sae.load_state_dict(trained.state_dict())
-    sae.sparsity.restart()
-
-
 def sample_rows(d_sae: int) -> int:
     """How many tokens' pre-activations an SAE's thresholds are set from."""
     return max(256, min(SAMPLE_TOKENS, INIT_PRE_ACTS // d_sae))

@@ -3,22 +3,22 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae.autoencoder.gradients import AuxK, TrainingLoss, loss_and_gradients, variance
-from sae.autoencoder.sae import CONFIG_FILE, SAE, SAEConfig, make
+from sae.autoencoder.sae import SAE, make
 from sae.autoencoder.site import Site
-from sae.autoencoder.sparsity import find_architecture
 from sae.kernels.operands import Precision, Workspace
 from sae.kernels.reference import Kernels
 from sae.train.grid import SAESpec
-from sae.train.initialise import InputStats, go_on_from, initialise
+from sae.train.initialise import InputStats, initialise
 from sae.train.optim import Optimiser
 from sae.train.settings import TrainSettings
+from sae.train.start import go_on_from, start_folder
 
 AVERAGE_MEMORY = 0.02
 
@@ -80,24 +80,9 @@ class SAERun:
         self.kernels, self.precision = kernels, precision
         self.workspace = workspace or Workspace()  # shared by the SAEs of a grid, which step one after another
         self.auxk = AuxK(settings.auxk_alpha, settings.k_aux)
-        site = spec.site
-        d_in, d_out = (sum(widths[name] for name in names) for names in (site.reads, site.writes))
-        config = SAEConfig(
-            architecture=spec.architecture,
-            d_in=d_in,
-            d_sae=spec.d_sae,
-            l0=spec.l0,
-            seed=spec.seed,
-            hook_name=spec.hook_name,
-            lm_name=lm_name,
-            lm_fingerprint=lm_fingerprint,
-            d_out=d_out if site.kind == "transcoder" else 0,
-            source_widths=[widths[name] for name in site.reads] if site.kind == "crosscoder" else [],
-            skip=spec.skip,
-            options=_own_options(spec, settings),
-        )
+        config = spec.config(widths, settings.options, lm_name, lm_fingerprint)
         self.sae = make(config, settings.schedule(spec.seed)).to(device)
-        self.scales = dict.fromkeys(site.hooks, 1.0)
+        self.scales = dict.fromkeys(spec.site.hooks, 1.0)
         """What the activations of each hook point are multiplied by; folded into the weights at the end."""
         self.optimiser = Optimiser(self.sae, settings, kernels, spec.control)
         self.silent_tokens = torch.zeros(spec.d_sae, dtype=torch.int64, device=device)
@@ -182,21 +167,3 @@ class SAERun:
         sae.config = dataclasses.replace(sae.config, metadata={"training": training})
         sae.save(folder)
         return final
-
-
-def start_folder(start: str, spec: SAESpec) -> Path | None:
-    """Where the SAE lies that this one starts from: `start` itself, or its place in a run; None without a start."""
-    if not start:
-        return None
-    folder = Path(start)
-    return folder if (folder / CONFIG_FILE).is_file() else folder / spec.folder
-
-
-def _own_options(spec: SAESpec, settings: TrainSettings) -> dict[str, Any]:
-    """The options given that are this architecture's, as JSON has them."""
-    known = {item.name for item in dataclasses.fields(find_architecture(spec.architecture).options_class)}
-    return {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in settings.options.items()
-        if name in known
-    }

@@ -122,7 +122,8 @@ class TrainSettings:
     def identity(self) -> dict[str, Any]:
         """The settings that can change a trained weight; how often to log or save is not among them.
 
-        Nor is which kernels compute it: they agree up to rounding, and a run may go on on another machine.
+        Nor is which kernels compute it: they agree up to rounding, and a run may go on on another machine. Nor where
+        the SAEs to start from lie: their weights count, not their path.
         """
-        skipped = {"checkpoint_every", "checkpoint_seconds", "log_every", "kernels"}
+        skipped = {"checkpoint_every", "checkpoint_seconds", "log_every", "kernels", "start"}
         return {key: value for key, value in dataclasses.asdict(self).items() if key not in skipped}

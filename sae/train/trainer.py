@@ -22,7 +22,6 @@ from torch import Tensor
 
 from sae import files
 from sae.autoencoder.gradients import TrainingLoss
-from sae.autoencoder.sae import SAE, WEIGHTS_FILE
 from sae.autoencoder.sparsity import check_options
 from sae.errors import UserError, unknown
 from sae.kernels import pick, pick_precision
@@ -31,9 +30,10 @@ from sae.train import checkpoint
 from sae.train.grid import SAESpec, check_specs
 from sae.train.initialise import input_stats, sample_rows
 from sae.train.interfaces import ActivationBatch, MetricSink, Stream
-from sae.train.run import Inputs, SAERun, start_folder
+from sae.train.run import Inputs, SAERun
 from sae.train.settings import TrainSettings
 from sae.train.signals import StopSignals
+from sae.train.start import check_starts, start_hash
 from sae.train.watch import Watch
 
 CHECKPOINTS = "checkpoints"
@@ -199,10 +199,7 @@ def _check(stream: Stream, specs: list[SAESpec], settings: TrainSettings) -> Non
     for name in (name for spec in specs for name in spec.site.hooks):
         if name not in stream.d_in:
             raise unknown("hook name", name, sorted(stream.d_in), "The stream must carry every hook point.")
-    for spec in specs:
-        start = start_folder(settings.start, spec)
-        if start is not None:
-            SAE.load(start)  # refuses what is not there or not an SAE, before anything is written
+    check_starts(settings.start, specs, stream.d_in)
     if stream.batch_tokens != settings.batch_tokens:
         raise UserError(
             f"the stream gives batches of {stream.batch_tokens} tokens, but batch_tokens = {settings.batch_tokens}: "
@@ -219,16 +216,10 @@ def _identity(stream: Stream, specs: list[SAESpec], settings: TrainSettings, lm_
             "lm_name": lm_name,
             "lm_fingerprint": lm_fingerprint,
             "d_in": dict(stream.d_in),
-            "start": [_start_hash(spec, settings) for spec in specs],
+            "start": [start_hash(settings.start, spec) for spec in specs],
             "stream": getattr(stream, "fingerprint", ""),
         }
     )
-
-
-def _start_hash(spec: SAESpec, settings: TrainSettings) -> str:
-    """Of the weights an SAE starts from; empty when it starts afresh."""
-    folder = start_folder(settings.start, spec)
-    return "" if folder is None else files.sha256_file(folder / WEIGHTS_FILE)
 
 
 def _discard_others(folder: Path, identity: str) -> None:

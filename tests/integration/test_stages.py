@@ -301,23 +301,6 @@ def test_plan_says_what_a_run_takes_and_writes_nothing(sae, stream):
     assert not (sae.folder / "other").exists()
 
 
-def test_l0_is_suggested_for_a_hook_point(sae):
-    status, out, err = sae("l0", "name=probe", "hook_name=blocks.0.hook_resid_post", "d_sae=32", "sae.l0=[2,4,8]")
-    assert status == 0, err
-    result = read(sae.folder / "probe" / "l0" / "result.json")
-    assert [row["l0_target"] for row in result["saes"]] == [2, 4, 8]
-    (found,) = result["suggestions"]
-    assert found["hook_name"] == "blocks.0.hook_resid_post"
-    assert found["l0"] in (2, 4, 8)
-    assert "the decoder projections are least at L0" in out
-    assert (sae.folder / "probe" / "harvest" / "store.json").is_file(), (
-        "the store is the run's, for the training to come"
-    )
-    status, _, err = sae("l0", "name=probe", "hook_name=blocks.0.hook_resid_post", "d_sae=32", "sae.l0=[4]")
-    assert status == 2
-    assert "leaves nothing to choose" in err
-
-
 def test_transcoders_crosscoders_and_controls_go_all_the_way(sae):
     read_at, write_at = "blocks.0.hook_resid_post", "blocks.1.hook_mlp_out"
     status, _, err = sae(
@@ -337,43 +320,6 @@ def test_transcoders_crosscoders_and_controls_go_all_the_way(sae):
     )
     assert status == 2
     assert "blocks.7.hook_mlp_out" in err
-
-
-def test_going_on_from_an_sae_shows_it_before_and_after(sae):
-    assert sae("train", "name=base", "sae.d_sae=[32]")[0] == 0
-    train = sae.folder / "base" / "train"
-    status, out, err = sae("eval", "name=tuned", "sae.d_sae=[32]", f"train.start={train}")
-    assert status == 0, err
-    assert "before_training" in out
-    saes = read(sae.folder / "tuned" / "eval" / "result.json")["saes"]
-    before, after = ([entry for entry in saes if entry["before_training"] is flag] for flag in (True, False))
-    assert len(before) == len(after) == 2
-    assert {entry["path"] for entry in before} == {str(path.parent) for path in train.rglob("config.json")}
-    for entry in after:
-        assert SAE.load(entry["path"]).config.metadata["training"]["start"].startswith(str(train))
-    status, _, err = sae("train", "name=lost", "sae.d_sae=[32]", "train.start=nowhere")
-    assert status == 2
-    assert "nowhere" in err
-
-
-def test_an_sae_of_another_model_is_refused_unless_forced(sae, tmp_path):
-    assert sae("train", "name=mine", "sae.d_sae=[32]")[0] == 0
-    folder = next((sae.folder / "mine" / "train").rglob("config.json")).parent
-    status, _, err = sae("eval", "name=look", f"eval.saes=[{folder}]")
-    assert status == 0, err
-    mine = read(sae.folder / "look" / "eval" / "result.json")["saes"]
-    assert len(mine) == 1
-    other = tmp_path / "other"
-    shutil.copytree(folder, other)
-    config = read(other / "config.json") | {"lm_fingerprint": "0" * 64, "lm_name": "another"}
-    (other / "config.json").write_text(json.dumps(config))
-    status, _, err = sae("eval", "name=look2", f"eval.saes=[{other}]")
-    assert status == 2
-    assert "was trained on 'another'" in err
-    assert "eval.force=true" in err
-    status, _, err = sae("eval", "name=look2", f"eval.saes=[{other}]", "eval.force=true")
-    assert status == 0, err
-    assert read(sae.folder / "look2" / "eval" / "result.json")["saes"][0]["fvu"] == mine[0]["fvu"]
 
 
 def test_ground_truth_is_measured_on_worlds(sae, monkeypatch):

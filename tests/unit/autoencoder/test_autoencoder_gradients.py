@@ -259,6 +259,7 @@ def test_fvu_is_about_the_mean():
 
 
 def test_thresholds_take_small_steps_in_a_bf16_sae():
+    """Pitfall: a step below half of bf16's spacing leaves a bf16 threshold where it is, however many are taken."""
     sae, _ = make("jumprelu")
     sae = sae.bfloat16()
     before = sae.sparsity.threshold.detach().clone()

@@ -73,6 +73,7 @@ def test_same_seed_same_weights():
 @pytest.mark.parametrize("architecture", BUILT_IN)
 @pytest.mark.parametrize("scale", [0.01, 37.0])
 def test_folding_the_input_scale_changes_nothing_but_units(architecture, scale):
+    """Pitfall: a threshold that keeps its value while biases and inputs change their unit lets other latents fire."""
     sae, x = make(architecture).double(), 10 * torch.randn(64, 6).double() / scale
     scaled = sae(x * scale)
     sae.fold_scales([scale], [scale])

@@ -1,76 +1,20 @@
 """Curves by position: they add up to what splicing measures, and errors are those of rows."""
 
-import contextlib
 import math
 
 import pytest
 import torch
+from fake_lm import FakeLM, batch, coder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae import files
-from sae.autoencoder.sae import SAE, SAEConfig
+from sae.autoencoder.sae import SAEConfig, make
 from sae.errors import UserError
 from sae.evals import position as module
-from sae.evals import splice as splicing
 from sae.evals.position import _Totals, by_position
 from sae.evals.splice import splice
-from sae.lm.tokens import Role, TokenBatch
-
-VOCAB, D = 11, 6
-
-
-class FakeLM:
-    """Embedding, one hook point, unembedding."""
-
-    def __init__(self):
-        generator = torch.Generator().manual_seed(0)
-        self.embed = torch.randn(VOCAB, D, generator=generator)
-        self.unembed = torch.randn(D, VOCAB, generator=generator)
-        self.edits = {}
-
-    def logits(self, batch):
-        acts = self.embed[batch.tokens]
-        for fn in self.edits.values():
-            acts = fn(acts, None)
-        return acts @ self.unembed
-
-
-@pytest.fixture(autouse=True)
-def fake_edit(request, monkeypatch):
-    @contextlib.contextmanager
-    def edit(lm, edits):
-        lm.edits = edits
-        yield
-        lm.edits = {}
-
-    if "real" not in request.node.name:
-        monkeypatch.setattr(module, "edit", edit)
-        monkeypatch.setattr(splicing, "edit", edit)
-
-
-def batch(n_pad=2, seed=1, left=False):
-    tokens = torch.randint(0, VOCAB, (3, 8), generator=torch.Generator().manual_seed(seed))
-    roles = torch.full((3, 8), int(Role.TEXT), dtype=torch.uint8)
-    mask = torch.ones(3, 8, dtype=torch.bool)
-    mask[1, 8 - n_pad :] = False
-    first = torch.zeros(3, dtype=torch.int64)
-    if left:
-        tokens, mask = tokens.clone(), mask.clone()
-        tokens[1], mask[1] = tokens[1].roll(n_pad), mask[1].roll(n_pad)
-        first[1] = n_pad
-    roles[torch.arange(3), first] = Role.SPECIAL
-    roles[~mask] = Role.PAD
-    return TokenBatch(tokens, mask, roles)
-
-
-def sae(d=D, hook_name="h", kind="zero"):
-    model = SAE(SAEConfig("relu", d, 2 * d, 0.0, 0, hook_name, "toy"))
-    with torch.no_grad():
-        rows = torch.cat([torch.eye(d), -torch.eye(d)])
-        model.W_dec.copy_(rows)
-        model.W_enc.copy_(rows.t() if kind == "identity" else 0 * rows.t())
-    return model
+from sae.lm.tokens import TokenBatch
 
 
 def check_totals(curves, spliced):
@@ -82,8 +26,8 @@ def check_totals(curves, spliced):
 
 def test_curves_add_up_to_the_splice():
     batches = [batch(), batch(0, 2), batch(3, 3)]
-    curves = by_position(FakeLM(), sae(), batches)
-    check_totals(curves, splice(FakeLM(), sae(), batches))
+    curves = by_position(FakeLM(), coder("zero"), batches)
+    check_totals(curves, splice(FakeLM(), coder("zero"), batches))
     assert curves.start.tolist() == [0, 1, 2, 3, 4, 5, 6]
     assert curves.n.tolist() == curves.n_rows.tolist() == [9, 9, 9, 9, 8, 7, 7]
     # BOS is left alone: nothing changes at the first position, and something at all others.
@@ -93,13 +37,13 @@ def test_curves_add_up_to_the_splice():
 
 
 def test_a_perfect_sae_costs_nothing_anywhere():
-    curves = by_position(FakeLM(), sae(kind="identity"), [batch()])
+    curves = by_position(FakeLM(), coder("identity"), [batch()])
     assert curves.kl.mean.abs().max() < 1e-5
     assert curves.delta_ce.mean.abs().max() < 1e-5
 
 
 def test_padding_side_does_not_matter():
-    right, left = (by_position(FakeLM(), sae(), [batch(left=side)]) for side in (False, True))
+    right, left = (by_position(FakeLM(), coder("zero"), [batch(left=side)]) for side in (False, True))
     assert right.n.tolist() == left.n.tolist()
     for name in module.METRICS:
         for one, two in zip(getattr(right, name), getattr(left, name), strict=True):
@@ -109,7 +53,7 @@ def test_padding_side_does_not_matter():
 def test_known_standard_errors():
     """Of one prediction a row: the standard deviation over the square root of n. Those of one row are unknown."""
     batches = [batch(0, seed) for seed in range(5)]
-    curves = by_position(FakeLM(), sae(), batches)
+    curves = by_position(FakeLM(), coder("zero"), batches)
     lm = FakeLM()
     losses = []
     for rows in batches:
@@ -118,17 +62,17 @@ def test_known_standard_errors():
     losses = torch.cat(losses).double()
     assert torch.allclose(curves.ce_clean.mean, losses.mean(0), atol=1e-5)
     assert torch.allclose(curves.ce_clean.se, losses.std(0) / len(losses) ** 0.5, atol=1e-5)
-    one = by_position(FakeLM(), sae(), [batch(0).select([0])])
+    one = by_position(FakeLM(), coder("zero"), [batch(0).select([0])])
     assert one.ce_clean.se.isnan().all()
 
 
 def test_bins_and_own_positions():
-    wide = by_position(FakeLM(), sae(), [batch()], bin_width=4)
+    wide = by_position(FakeLM(), coder("zero"), [batch()], bin_width=4)
     assert wide.start.tolist() == [0, 4]
     assert wide.n.tolist() == [12, 7]
     assert wide.n_rows.tolist() == [3, 3]
-    backwards = by_position(FakeLM(), sae(), [batch(0)], positions=lambda given: 7 - given.positions())
-    plain = by_position(FakeLM(), sae(), [batch(0)])
+    backwards = by_position(FakeLM(), coder("zero"), [batch(0)], positions=lambda given: 7 - given.positions())
+    plain = by_position(FakeLM(), coder("zero"), [batch(0)])
     assert backwards.start.tolist() == [1, 2, 3, 4, 5, 6, 7]
     assert torch.allclose(backwards.kl.mean, plain.kl.mean.flip(0))
 
@@ -164,15 +108,13 @@ def test_errors_whatever_the_batches(data, cut, seed):
 def test_refusals():
     rows = batch()
     with pytest.raises(UserError, match="no next-token prediction"):
-        by_position(FakeLM(), sae(), [TokenBatch(rows.tokens[:, :1], rows.mask[:, :1], rows.roles[:, :1])])
+        by_position(FakeLM(), coder("zero"), [TokenBatch(rows.tokens[:, :1], rows.mask[:, :1], rows.roles[:, :1])])
     with pytest.raises(UserError, match="bin_width=0"):
-        by_position(FakeLM(), sae(), [rows], bin_width=0)
+        by_position(FakeLM(), coder("zero"), [rows], bin_width=0)
 
 
 @pytest.mark.parametrize("site", ["blocks.1.hook_resid_post", "blocks.1.hook_resid_post->blocks.2.hook_resid_post"])
 def test_real_model(real_lm, site):
-    from sae.autoencoder.sae import make
-
     model = make(SAEConfig("topk", 32, 64, 4, 0, site, "toy"))
     rows = real_lm.tokenize(["hello there", "a much longer text than that", "mid size"])
     check_totals(by_position(real_lm, model, [rows]), splice(real_lm, model, [rows]))

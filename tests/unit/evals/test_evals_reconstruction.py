@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from fake_lm import coder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,16 +12,6 @@ from sae import files
 from sae.autoencoder.sae import SAE, SAEConfig
 from sae.errors import UserError
 from sae.evals.reconstruction import ReconstructionMeter
-
-
-def identity_sae(d=4):
-    """Reconstructs perfectly: a latent for each sign of each coordinate."""
-    sae = SAE(SAEConfig("relu", d, 2 * d, 0.0, 0, "h", "toy"))
-    with torch.no_grad():
-        rows = torch.cat([torch.eye(d), -torch.eye(d)])
-        sae.W_dec.copy_(rows)
-        sae.W_enc.copy_(rows.t())
-    return sae
 
 
 def measure(sae, x, cuts=()):
@@ -33,7 +24,7 @@ def measure(sae, x, cuts=()):
 def test_perfect_reconstruction():
     x = torch.randn(300, 4)
     x[:, 3] = 0
-    found = measure(identity_sae(), x)
+    found = measure(coder("identity", 4), x)
     assert found.fvu == pytest.approx(0, abs=1e-12)
     assert found.fve == pytest.approx(1)
     assert found.cosine == pytest.approx(1)
@@ -51,7 +42,7 @@ def test_fvu_is_about_the_mean_however_large(mean):
     """An SAE that outputs the mean explains nothing; one that halves the deviations explains three quarters."""
     generator = torch.Generator().manual_seed(0)
     x = (torch.randn(4000, 4, generator=generator) + mean).float()
-    sae = identity_sae()
+    sae = coder("identity", 4)
     with torch.no_grad():
         sae.b_dec.copy_(x.double().mean(0))
         sae.b_enc.fill_(-1e9)
@@ -62,8 +53,30 @@ def test_fvu_is_about_the_mean_however_large(mean):
     assert measure(sae, x).fvu == pytest.approx(0.25, abs=5e-3)
 
 
+@pytest.mark.parametrize(("scale", "shift"), [(0.01, 0.0), (1.0, 0.0), (1.0, 30.0), (50.0, -4.0)])
+def test_fve_has_neither_unit_nor_origin(scale, shift):
+    """Pitfall: a variance about zero, or E||x||^2 - (mean over d of E[x_d^2])^2, which is neither and has no unit.
+
+    An SAE that halves the deviations explains three quarters of their variance, wherever the data lie and whatever
+    they are measured in.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4000, 16, generator=generator).double() + torch.linspace(1, 5, 16)
+    x = scale * x + shift
+    sae = coder("identity", 16).double()
+    with torch.no_grad():
+        sae.W_enc.mul_(0.5)
+        sae.b_dec.copy_(x.mean(0))
+    assert measure(sae, x).fve == pytest.approx(0.75, rel=1e-6)
+    error = 0.25 * (x - x.mean(0)).square().sum(1).mean()
+    about_zero = float(1 - error / x.square().sum(1).mean())
+    no_unit = float(1 - error / (x.square().sum(1).mean() - x.square().mean(0).mean().square()))
+    assert abs(about_zero - 0.75) > 0.1
+    assert abs(no_unit - 0.75) > 0.1
+
+
 def test_shrinkage_shows_as_relative_bias():
-    sae = identity_sae()
+    sae = coder("identity", 4)
     with torch.no_grad():
         sae.W_enc.mul_(0.8)
     found = measure(sae, torch.randn(500, 4))
@@ -84,7 +97,7 @@ def test_batching_does_not_matter(cuts, seed, mean):
 
 def test_nothing_and_constant_input():
     with pytest.raises(UserError, match="no tokens"):
-        ReconstructionMeter(identity_sae()).result()
+        ReconstructionMeter(coder("identity", 4)).result()
     with pytest.raises(UserError, match="5 wide"):
-        ReconstructionMeter(identity_sae()).update(torch.zeros(2, 5))
-    assert math.isnan(measure(identity_sae(), torch.ones(7, 4)).fvu)
+        ReconstructionMeter(coder("identity", 4)).update(torch.zeros(2, 5))
+    assert math.isnan(measure(coder("identity", 4), torch.ones(7, 4)).fvu)

@@ -6,11 +6,12 @@ import pytest
 import torch
 from train_toys import HOOK, ToyStream, unit_rows
 
-from sae.autoencoder.sae import SAE
+from sae.autoencoder.sae import SAE, make
 from sae.errors import UserError
 from sae.evals.reconstruction import ReconstructionMeter
 from sae.train.grid import SAESpec, grid
 from sae.train.settings import TrainSettings
+from sae.train.start import check_starts
 from sae.train.trainer import train
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* of the latents of")  # toys are small and short
@@ -84,3 +85,27 @@ def test_another_start_is_another_run(tmp_path):
     train(world(), [spec], replace(SHORT, start=str(tmp_path / "a")), tmp_path / "c", lm_name="toy")
     with pytest.raises(UserError, match="other settings"):
         train(world(), [spec], replace(SHORT, start=str(tmp_path / "b")), tmp_path / "c", lm_name="toy")
+
+
+def test_a_start_that_has_moved_is_the_same_start(tmp_path):
+    spec = SAESpec(HOOK, "topk", 48, 4, 0)
+    for name, seed in (("a", 0), ("b", 1)):
+        train(world(seed=seed), [spec], SHORT, tmp_path / name, lm_name="toy")
+    train(world(), [spec], replace(SHORT, start=str(tmp_path / "a")), tmp_path / "c", lm_name="toy")
+    before = (tmp_path / "c" / "trained.json").read_bytes()
+    (tmp_path / "a").rename(tmp_path / "moved")
+    train(world(), [spec], replace(SHORT, start=str(tmp_path / "moved")), tmp_path / "c", lm_name="toy")
+    assert (tmp_path / "c" / "trained.json").read_bytes() == before
+    (tmp_path / "moved").rename(tmp_path / "gone")
+    (tmp_path / "b").rename(tmp_path / "moved")
+    with pytest.raises(UserError, match="other settings"):
+        train(world(), [spec], replace(SHORT, start=str(tmp_path / "moved")), tmp_path / "c", lm_name="toy")
+
+
+def test_a_crosscoder_goes_on_only_from_one_of_sources_as_wide(tmp_path):
+    """Only the sum of the widths is equal, and the scale of one source would be folded into part of the other."""
+    spec, widths = SAESpec("a+b", "topk", 8, 2, 0), {"a": 5, "b": 3}
+    make(spec.config(widths, {})).save(tmp_path / "a")
+    check_starts(str(tmp_path / "a"), [spec], widths)
+    with pytest.raises(UserError, match=r"hook points \[5, 3\] wide, but the one to train reads \[3, 5\]"):
+        check_starts(str(tmp_path / "a"), [spec], {"a": 3, "b": 5})
