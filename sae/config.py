@@ -54,6 +54,7 @@ class LMConfig:
     device: str = "auto"
     dtype: str = "float32"
     chat_template: str | None = None  # a Jinja template, or a path to one, for a model that ships none
+    pair: str | None = None  # a second model with the same tokenizer; its hook points are pair.<name>
 
 
 @dataclass
@@ -114,7 +115,9 @@ class SAEGridConfig:
     control: list[str] = field(
         default_factory=lambda: ["none"]
     )  # none | random | frozen_decoder | soft_frozen_decoder | frozen_encoder
-    sites: list[str] = field(default_factory=list)  # [] = each hook point; a->b transcodes, a+b crosses
+    sites: list[str] = field(
+        default_factory=list
+    )  # a->b transcodes, a+b crosses; [] = each hook point, with lm.pair crossed with the second model's
     skip: bool = False  # transcoders also map input to output linearly
     options: dict[str, Any] = field(default_factory=dict)  # of the architectures: each takes its own
 
@@ -277,7 +280,7 @@ class RunConfig:
     organism: OrganismConfig = field(default_factory=OrganismConfig)
     log: LogConfig = field(default_factory=LogConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
-    suite: str = "train"  # what `sae bench` measures (all: everything), or sae eval suite=ground_truth[_quick]
+    suite: str = "train"  # what `sae bench` measures (all: everything), or sae eval suite=ground_truth[_quick] | diff
     plan: bool = False  # sae train: only say what memory, disk and time it would take
     force: bool = False  # do a stage again although its output is there
     job: str = ""  # set by a multirun, and by `sae l0`: the job's folder inside the run's

@@ -37,10 +37,15 @@ class Crosscoder(SAE):
 
         In an SAE whose scales were folded in, norms are multiplied by the scales again, so that they compare.
         """
+        return torch.stack([part.norm(dim=-1) for part in self.split(self.W_dec * self.column_scales())], dim=-1)
+
+    def column_scales(self) -> Float[Tensor, " d_in"]:
+        """What each column of a raw activation is multiplied by to be in the units of training; 1 where unknown."""
         scales = self.config.metadata.get("training", {}).get("input_scales", [1.0] * len(self.sources))
-        return torch.stack(
-            [part.norm(dim=-1) * scale for part, scale in zip(self.split(self.W_dec), scales, strict=True)], dim=-1
-        )
+        columns = self.W_dec.new_ones(self.config.d_in)
+        for part, scale in zip(self.split(columns), scales, strict=True):
+            part.mul_(scale)
+        return columns
 
     @torch.no_grad()
     def fold_scales(self, reads: Sequence[float], writes: Sequence[float]) -> None:

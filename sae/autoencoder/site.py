@@ -3,6 +3,9 @@
 blocks.4.hook_resid_post                            an SAE: reads and writes one hook point
 blocks.4.ln2.hook_normalized->blocks.4.hook_mlp_out     a transcoder: reads one, writes another
 blocks.3.hook_resid_post+blocks.4.hook_resid_post       a crosscoder: reads and writes several at once
+blocks.4.hook_resid_post+pair.blocks.4.hook_resid_post  the same of two models: `pair.` marks the second one's
+
+To a site, `pair.` is part of a name; what it stands for is in `sae.lm.pair`.
 """
 
 from typing import NamedTuple

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae.autoencoder.crosscoder import Crosscoder
 from sae.autoencoder.sae import SAE
 from sae.errors import UserError
 
@@ -54,6 +55,8 @@ class ReconstructionResult(NamedTuple):
     """Fraction of tokens each latent fires on; float64, on the CPU."""
     density_histogram: DensityHistogram
     n_tokens: int
+    source_fvu: tuple[float, ...] = ()
+    """FVU at each hook point of a crosscoder, in the site's order; empty for all others."""
 
 
 class ReconstructionMeter:
@@ -64,8 +67,9 @@ class ReconstructionMeter:
         self.n_tokens = 0
         device = sae.device
         self._mean = torch.zeros(sae.config.width_out, dtype=torch.float64, device=device)
-        self._variation = torch.zeros((), dtype=torch.float64, device=device)
-        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
+        self._variation = torch.zeros_like(self._mean)
+        self._error = torch.zeros_like(self._mean)
+        self._sums = torch.zeros(3, dtype=torch.float64, device=device)
         self._fired: Int[Tensor, " d_sae"] = torch.zeros(sae.config.d_sae, dtype=torch.int64, device=device)
 
     @torch.no_grad()
@@ -87,8 +91,8 @@ class ReconstructionMeter:
         square, dot = recons.square().sum(-1), (x * recons).sum(-1)
         norms = x.norm(dim=-1) * square.sqrt()
         cosine = torch.where(norms > 0, dot / norms, torch.zeros_like(dot))
-        error = (x - recons).square().sum()
-        self._sums += torch.stack([error, square.sum(), dot.sum(), cosine.sum()])
+        self._error += (x - recons).square().sum(0)
+        self._sums += torch.stack([square.sum(), dot.sum(), cosine.sum()])
 
     def _merge(self, x: Tensor) -> None:
         # Chan et al.: combining means and squared deviations keeps all digits where E||x||^2 - ||E x||^2 would
@@ -96,7 +100,7 @@ class ReconstructionMeter:
         n, mean = len(x), x.mean(0)
         total = self.n_tokens + n
         apart = mean - self._mean
-        self._variation += (x - mean).square().sum() + apart.square().sum() * self.n_tokens * n / total
+        self._variation += (x - mean).square().sum(0) + apart.square() * self.n_tokens * n / total
         self._mean += apart * n / total
         self.n_tokens = total
 
@@ -109,23 +113,34 @@ class ReconstructionMeter:
         if self.n_tokens == 0:
             raise UserError("there are no tokens to evaluate the SAE on: give it at least one.")
         n = self.n_tokens
-        error, square, dot, cosine = self._sums.tolist()
-        variation = float(self._variation)
-        fvu = error / variation if variation > 0 else math.nan
+        square, dot, cosine = self._sums.tolist()
+        fvu = _fvu(self._error, self._variation)
         fired = self._fired.cpu()
         density = fired.double() / n
         return ReconstructionResult(
             l0=int(fired.sum()) / n,
             fvu=fvu,
             fve=1 - fvu,
-            mse=error / n,
+            mse=float(self._error.sum()) / n,
             cosine=cosine / n,
             relative_bias=square / dot if dot != 0 else math.nan,
             dead_fraction=float((fired == 0).double().mean()),
             density=density,
             density_histogram=_histogram(density),
             n_tokens=n,
+            source_fvu=self._source_fvu(),
         )
+
+    def _source_fvu(self) -> tuple[float, ...]:
+        if not isinstance(self.sae, Crosscoder):
+            return ()
+        return tuple(map(_fvu, self.sae.split(self._error), self.sae.split(self._variation)))
+
+
+def _fvu(error: Float[Tensor, " d"], variation: Float[Tensor, " d"]) -> float:
+    """From the sums of each column."""
+    total = float(variation.sum())
+    return float(error.sum()) / total if total > 0 else math.nan
 
 
 def _histogram(density: Tensor) -> DensityHistogram:

@@ -4,7 +4,7 @@ Three passes per batch: clean, with reconstructions, with zeros in their place. 
 much harm that any SAE looks good), so the raw difference and the KL divergence always stand beside it.
 
 What a transcoder or crosscoder writes is made from the activations of a clean pass, and takes the place of all it
-reconstructs at once.
+reconstructs at once. A crosscoder of two models is spliced into each of them, the other left as it is.
 """
 
 import math
@@ -21,6 +21,7 @@ from sae.autoencoder.sae import SAE
 from sae.autoencoder.site import Site
 from sae.errors import UserError
 from sae.lm.hooks import edit
+from sae.lm.pair import PREFIX, bare, is_pairs, models_of
 from sae.lm.tokens import TokenBatch, sae_mask
 
 
@@ -42,6 +43,15 @@ class SpliceResult(NamedTuple):
     """KL(clean || with zeros)."""
     n_tokens: int
     """Predictions counted: next tokens where both the predicting and the predicted token are real."""
+
+
+class PairedSplices(NamedTuple):
+    """What a site costs in each of the models that it writes to."""
+
+    together: SpliceResult
+    """Over the predictions of all of them; with one model, its own."""
+    models: dict[str, SpliceResult]
+    """By the prefix of the model's hook points (see `sae.lm.pair`); "" is the first, or the only one."""
 
 
 def splice(
@@ -68,7 +78,6 @@ def splice(
     return splice_all(lm, [sae], batches, hook_names=hook_names, splice_mask=splice_mask)[0]
 
 
-@torch.no_grad()
 def splice_all(
     lm: Any,
     saes: Sequence[SAE],
@@ -91,30 +100,83 @@ def splice_all(
     Raises:
         UserError: there is no prediction to count, or an SAE does not fit its hook point.
     """
+    found = splice_models(lm, saes, batches, hook_names=hook_names, splice_mask=splice_mask, progress=progress)
+    return [each.together for each in found]
+
+
+@torch.no_grad()
+def splice_models(
+    lm: Any,
+    saes: Sequence[SAE],
+    batches: Iterable[TokenBatch],
+    *,
+    hook_names: Sequence[str] | None = None,
+    splice_mask: Callable[[TokenBatch], Bool[Tensor, "batch pos"]] | None = None,
+    progress: Callable[[], None] = lambda: None,
+) -> list[PairedSplices]:
+    """As `splice_all`, with the damage to each model where `lm` is a `sae.lm.pair.PairedModel`."""
     sites = [sae.config.site for sae in saes] if hook_names is None else [Site((name,), (name,)) for name in hook_names]
     elsewhere = list(dict.fromkeys(name for site in sites if site.kind != "sae" for name in site.reads))
-    totals = [_Totals() for _ in saes]
+    models = models_of(lm)
+    totals = [{prefix: _Totals() for prefix in models if _written(site, prefix)} for site in sites]
     for batch in batches:
         where = sae_mask(batch.roles) if splice_mask is None else splice_mask(batch)
-        counted = (batch.mask[:, :-1] & batch.mask[:, 1:]).to(where.device)
-
-        def logs(edits: dict[str, Any], batch: TokenBatch = batch, counted: Tensor = counted) -> Tensor:
-            with edit(lm, edits):
-                logits = lm.logits(batch)
-            return logits[:, :-1][counted.to(logits.device)].float().log_softmax(-1)
-
-        clean = logs({})
         read = lm.activations(batch, elsewhere) if elsewhere else {}
-        targets = batch.tokens[:, 1:].to(clean.device)[counted.to(clean.device)]
-        for writes in dict.fromkeys(site.writes for site in sites):
-            # One at a time: log-probabilities over a large vocabulary are gigabytes.
-            zero = logs({name: _replace(where, torch.zeros_like) for name in writes})
-            for sae, site, total in zip(saes, sites, totals, strict=True):
-                if site.writes == writes:
-                    total.add(clean, logs(edits_of(sae, site, where, read)), zero, targets)
-            del zero
+        for prefix, model in models.items():
+            group = [
+                _Spliced(partial(edits_of, sae, site, where, read), _written(site, prefix), total[prefix])
+                for sae, site, total in zip(saes, sites, totals, strict=True)
+                if prefix in total
+            ]
+            _splice_into(model, batch, where, group)
         progress()
-    return [total.result() for total in totals]
+    return [
+        PairedSplices(_Totals.join(total.values()).result(), {name: part.result() for name, part in total.items()})
+        for total in totals
+    ]
+
+
+class _Spliced(NamedTuple):
+    """One SAE, to be spliced into one model."""
+
+    edits: Callable[[], Mapping[str, Callable[..., Tensor]]]
+    """By hook point, of other models too; made when its turn comes, since reconstructions are large."""
+    writes: tuple[str, ...]
+    """The hook points that are this model's."""
+    total: "_Totals"
+
+
+def _written(site: Site, prefix: str) -> tuple[str, ...]:
+    """The hook points of one model that a site writes, under the names they have here."""
+    return tuple(name for name in site.writes if is_pairs(name) == (prefix == PREFIX))
+
+
+def _splice_into(
+    model: Any,
+    batch: TokenBatch,
+    where: Bool[Tensor, "batch pos"],
+    group: Sequence[_Spliced],
+) -> None:
+    """Run one model clean, with zeros once for each set of hook points, and with each SAE; add to the totals."""
+    if not group:
+        return
+    counted = (batch.mask[:, :-1] & batch.mask[:, 1:]).to(where.device)
+
+    def logs(edits: Mapping[str, Callable[..., Tensor]]) -> Tensor:
+        with edit(model, {bare(name): fn for name, fn in edits.items()}):
+            logits = model.logits(batch)
+        return logits[:, :-1][counted.to(logits.device)].float().log_softmax(-1)
+
+    clean = logs({})
+    targets = batch.tokens[:, 1:].to(clean.device)[counted.to(clean.device)]
+    for writes in dict.fromkeys(spliced.writes for spliced in group):
+        # One at a time: log-probabilities over a large vocabulary are gigabytes.
+        zero = logs({name: _replace(where, torch.zeros_like) for name in writes})
+        for spliced in group:
+            if spliced.writes == writes:
+                edits = spliced.edits()
+                spliced.total.add(clean, logs({name: edits[name] for name in writes}), zero, targets)
+        del zero
 
 
 class _Totals:
@@ -135,6 +197,15 @@ class _Totals:
 
         self.sums += torch.stack([ce(clean), ce(with_sae), ce(with_zero), kl(with_sae), kl(with_zero)]).cpu()
         self.n += len(targets)
+
+    @classmethod
+    def join(cls, parts: Iterable["_Totals"]) -> "_Totals":
+        """The sums of several models."""
+        whole = cls()
+        for part in parts:
+            whole.sums += part.sums
+            whole.n += part.n
+        return whole
 
     def result(self) -> SpliceResult:
         """The means."""

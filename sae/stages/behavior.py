@@ -221,4 +221,5 @@ def _log(config: RunConfig, folder: Path, found: Mapping[str, Any]) -> None:
 
 def run(config: RunConfig) -> None:
     """Run the stage."""
+    common.refuse_pair(config.lm, "behavior")
     ensure_behaviors(config, common.open_lm(config.lm))

@@ -7,13 +7,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sae.autoencoder.site import Site
+from sae.autoencoder.sae import SAE
+from sae.autoencoder.site import PLUS, Site
 from sae.config import DataConfig, LMConfig, RunConfig
 from sae.errors import UserError
 from sae.files import is_done, read_json, sha256_file, sha256_json, to_plain
 from sae.lm.documents import Document, read_documents
 from sae.lm.load import load_lm
 from sae.lm.model import LanguageModel
+from sae.lm.pair import PREFIX, PairedModel, bare, is_pairs
 from sae.report import log
 from sae.report.log import Sink
 from sae.report.progress import Progress
@@ -28,12 +30,74 @@ HASHED_BYTES = 2**30  # larger data files are identified by size and time of cha
 
 
 def open_lm(config: LMConfig) -> LanguageModel:
-    """Load the configured language model."""
-    return load_lm(config.name, device=config.device, dtype=config.dtype, chat_template=config.chat_template or None)
+    """Load the configured language model, or both where `lm.pair` names a second one."""
+    lm = load_lm(config.name, device=config.device, dtype=config.dtype, chat_template=config.chat_template or None)
+    if not config.pair:
+        return lm
+    return PairedModel(lm, load_lm(config.pair, device=config.device, dtype=config.dtype))
+
+
+def refuse_pair(config: LMConfig, stage: str) -> None:
+    """For the stages that are about one model.
+
+    Raises:
+        UserError: there is a second one.
+    """
+    if config.pair:
+        raise UserError(
+            f"lm.pair={config.pair!r} gives a second model, but `sae {stage}` is about one: leave it out with "
+            "lm.pair=null, in a run of its own."
+        )
+
+
+def check_hook(lm: LanguageModel, name: str) -> None:
+    """Refuse a hook point that the model, or the second one, does not have.
+
+    Raises:
+        UserError: naming it.
+    """
+    if is_pairs(name) and not isinstance(lm, PairedModel):
+        raise UserError(f"{name!r} is a hook point of a second model, but there is none: name it with lm.pair=... .")
+    lm.check_hook(name)
+
+
+def check_belongs(lm: LanguageModel, sae: SAE, path: Path, *, force: bool) -> None:
+    """Refuse an SAE that does not fit the model, or was trained on another one.
+
+    Raises:
+        UserError: a hook point or width that differs; or, unless `force`, another model's fingerprint.
+    """
+    config = sae.config
+    for names, width in ((config.site.reads, config.d_in), (config.site.writes, config.width_out)):
+        for name in names:
+            check_hook(lm, name)
+        found = sum(lm.d_in(name) for name in names)
+        if found != width:
+            raise UserError(
+                f"{str(path)!r} is for activations {width} wide, but {' + '.join(names)} of {lm.name!r} is {found}: "
+                "use an SAE trained there."
+            )
+    if config.lm_fingerprint and config.lm_fingerprint != lm.fingerprint and not force:
+        raise UserError(
+            f"{str(path)!r} was trained on {config.lm_name!r}, not on {lm.name!r}: eval.force=true measures it here."
+        )
+
+
+def pick_sites(config: RunConfig, lm: LanguageModel) -> list[str]:
+    """The configured sites: those named; else every hook point, crossed with the second model's where there is one."""
+    if config.sae.sites:
+        return list(config.sae.sites)
+    names = pick_hooks(config, lm)
+    if not isinstance(lm, PairedModel):
+        return names
+    return [f"{name}{PLUS}{PREFIX}{name}" for name in names if not is_pairs(name)]
 
 
 def pick_hooks(config: RunConfig, lm: LanguageModel) -> list[str]:
-    """The configured hook points, checked: those named; those of the SAEs' sites; or resid_post at 1/4, 1/2, 3/4."""
+    """The configured hook points, checked: those named; those of the SAEs' sites; or resid_post at 1/4, 1/2, 3/4.
+
+    With a second model and no sites, each hook point is there in both.
+    """
     named = list(config.harvest.hook_names)
     sites = list(dict.fromkeys(name for text in config.sae.sites for name in Site.parse(text).hooks))
     for name in sites if named else ():
@@ -43,10 +107,12 @@ def pick_hooks(config: RunConfig, lm: LanguageModel) -> list[str]:
     if not names:
         layers = sorted({-(-lm.n_layers * quarter // 4) - 1 for quarter in (1, 2, 3)})
         names = [f"blocks.{layer}.hook_resid_post" for layer in layers]
-    for name in names:
-        lm.check_hook(name)
     if len(set(names)) < len(names):
         raise UserError(f"harvest.hook_names={names} names a hook point twice: give each once.")
+    if isinstance(lm, PairedModel) and not sites:
+        names = [twin for name in dict.fromkeys(map(bare, names)) for twin in (name, PREFIX + name)]
+    for name in names:
+        check_hook(lm, name)
     return names
 
 

@@ -29,6 +29,7 @@ MARKER = "demo.json"
 
 def run(config: RunConfig) -> None:
     """Run the stage."""
+    common.refuse_pair(config.lm, "demo")
     clock = common.Clock()
     lm = common.open_lm(config.lm)
     _make_room(config)

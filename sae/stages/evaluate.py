@@ -14,15 +14,15 @@ import torch
 from sae.activations.harvest import Passes
 from sae.autoencoder.sae import SAE, WEIGHTS_FILE
 from sae.config import RunConfig
-from sae.errors import UserError
 from sae.evals.reconstruction import ReconstructionMeter, ReconstructionResult
-from sae.evals.splice import SpliceResult, splice_all
+from sae.evals.splice import PairedSplices, SpliceResult, splice_models
 from sae.files import write_json, write_manifest, write_tensors
 from sae.lm.model import LanguageModel
+from sae.lm.pair import PREFIX, is_pairs, names_of
 from sae.lm.tokens import PackedTokens, TokenBatch, sae_mask
 from sae.report.progress import Progress
 from sae.report.terminal import summary_table
-from sae.stages import common, ground_truth
+from sae.stages import common, diff, ground_truth
 from sae.stages.harvest import ensure_tokens
 from sae.stages.train import ensure_trained, make_grid, start_inputs
 from sae.train.grid import SAESpec
@@ -66,7 +66,7 @@ def ensure_evaluated(config: RunConfig, lm: LanguageModel) -> list[dict[str, Any
     reconstruction = measure_reconstruction(lm, [*saes.values()], tokens.corpus.held_out, config)
     spliced = _splice_all(lm, [*saes.values()], tokens.corpus.held_out, config)
     records = [
-        _record(path, sae, one, damage) | {"before_training": path in starts, "density_file": _density_file(place)}
+        _record(lm, path, sae, one, damage) | {"before_training": path in starts, "density_file": _density_file(place)}
         for place, ((path, sae), one, damage) in enumerate(zip(saes.items(), reconstruction, spliced, strict=True))
     ]
     shutil.rmtree(folder / "density", ignore_errors=True)  # of an earlier evaluation, maybe of more SAEs
@@ -79,6 +79,7 @@ def ensure_evaluated(config: RunConfig, lm: LanguageModel) -> list[dict[str, Any
     columns = ["hook_name", "architecture", "d_sae", "l0", "fvu", "ce_recovered", "delta_ce", "kl", "dead_fraction"]
     columns += ["before_training"] if starts else []
     print(summary_table(records, columns))
+    _print_sources(records)
     print(f"{folder}: {len(records)} SAEs on {records[0]['n_tokens']:,} held-out tokens in {wall:.1f} s")
     return records
 
@@ -104,35 +105,13 @@ def _load(config: RunConfig, lm: LanguageModel, paths: list[Path], starts: list[
     if config.eval.saes or starts:
         for path, sae in saes.items():
             # An SAE that training goes on from may well be another model's: that is what it is trained for.
-            check_belongs(lm, sae, path, force=config.eval.force or path in starts)
+            common.check_belongs(lm, sae, path, force=config.eval.force or path in starts)
     return saes
 
 
 def _density_file(place: int) -> str:
     """Where an SAE's densities lie in the stage's folder; numbered, as its own path may be too long for a name."""
     return f"density/{place:04d}.safetensors"
-
-
-def check_belongs(lm: LanguageModel, sae: SAE, path: Path, *, force: bool) -> None:
-    """Refuse an SAE that does not fit the model, or was trained on another one.
-
-    Raises:
-        UserError: a hook point or width that differs; or, unless `force`, another model's fingerprint.
-    """
-    config = sae.config
-    for names, width in ((config.site.reads, config.d_in), (config.site.writes, config.width_out)):
-        for name in names:
-            lm.check_hook(name)
-        found = sum(lm.d_in(name) for name in names)
-        if found != width:
-            raise UserError(
-                f"{str(path)!r} is for activations {width} wide, but {' + '.join(names)} of {lm.name!r} is {found}: "
-                "use an SAE trained there."
-            )
-    if config.lm_fingerprint and config.lm_fingerprint != lm.fingerprint and not force:
-        raise UserError(
-            f"{str(path)!r} was trained on {config.lm_name!r}, not on {lm.name!r}: eval.force=true measures it here."
-        )
 
 
 def measure_reconstruction(
@@ -161,7 +140,7 @@ def measure_reconstruction(
 
 def _splice_all(
     lm: LanguageModel, saes: list[SAE], held_out: PackedTokens, config: RunConfig
-) -> list[SpliceResult | None]:
+) -> list[PairedSplices | None]:
     if not config.eval.splice:
         return [None] * len(saes)
     batches = list(_batches(held_out, config.eval.batch_tokens, lm.device))
@@ -170,7 +149,7 @@ def _splice_all(
         return sae_mask(batch.roles, config.data.include_special)
 
     with Progress(len(batches), "evaluate splicing", unit="batch") as bar:
-        return [*splice_all(lm, saes, batches, splice_mask=seen, progress=bar.update)]
+        return [*splice_models(lm, saes, batches, splice_mask=seen, progress=bar.update)]
 
 
 def _batches(packed: PackedTokens, batch_tokens: int, device: str) -> Iterator[TokenBatch]:
@@ -187,7 +166,9 @@ def _batches(packed: PackedTokens, batch_tokens: int, device: str) -> Iterator[T
         start += n_rows
 
 
-def _record(path: Path, sae: SAE, found: ReconstructionResult, damage: SpliceResult | None) -> dict[str, Any]:
+def _record(
+    lm: LanguageModel, path: Path, sae: SAE, found: ReconstructionResult, damage: PairedSplices | None
+) -> dict[str, Any]:
     record: dict[str, Any] = {
         "hook_name": sae.config.hook_name,
         "d_sae": sae.config.d_sae,
@@ -207,16 +188,41 @@ def _record(path: Path, sae: SAE, found: ReconstructionResult, damage: SpliceRes
             "counts": found.density_histogram.counts,
         },
     }
-    for name in SpliceResult._fields:
-        if name != "n_tokens":
-            record[name] = None if damage is None else getattr(damage, name)
-    return record
+    return record | _damage(damage and damage.together) | {"sources": _sources(lm, sae, found, damage)}
+
+
+def _damage(damage: SpliceResult | None) -> dict[str, float | None]:
+    """What splicing does, flat; None where it was left out."""
+    names = [name for name in SpliceResult._fields if name != "n_tokens"]
+    return {name: None if damage is None else getattr(damage, name) for name in names}
+
+
+def _sources(
+    lm: LanguageModel, sae: SAE, found: ReconstructionResult, damage: PairedSplices | None
+) -> list[dict[str, Any]]:
+    """One record a hook point of a crosscoder: its FVU, and the damage to its model, all of whose parts are spliced."""
+    records = []
+    for name, fvu in zip(sae.config.site.writes, found.source_fvu, strict=False):
+        prefix = PREFIX if is_pairs(name) else ""
+        model = names_of(lm)[prefix]
+        records.append(
+            {"hook_name": name, "lm": model, "fvu": fvu} | _damage(None if damage is None else damage.models[prefix])
+        )
+    return records
+
+
+def _print_sources(records: list[dict[str, Any]]) -> None:
+    """A row a hook point of every crosscoder."""
+    rows = [{"sae": Path(record["path"]).name, **source} for record in records for source in record["sources"]]
+    if rows:
+        print("\nof crosscoders, at each hook point (FVU) and in its model (the rest):")
+        print(summary_table(rows, ["hook_name", "sae", "fvu", "ce_recovered", "delta_ce", "kl"]))
 
 
 def _log(config: RunConfig, found: _Subjects, records: list[dict[str, Any]]) -> None:
     """Put the table and the density histograms into the metric sink."""
     with common.open_sink(config, found.folder, found.stage) as sink:
-        columns = [name for name in records[0] if name != "density_histogram"]
+        columns = [name for name in records[0] if name not in ("density_histogram", "sources")]
         sink.table("saes", columns, [[record[name] for name in columns] for record in records])
         for record in records:
             histogram = record["density_histogram"]
@@ -225,8 +231,10 @@ def _log(config: RunConfig, found: _Subjects, records: list[dict[str, Any]]) -> 
 
 
 def run(config: RunConfig) -> None:
-    """Run the stage: on the run's SAEs, or on synthetic worlds where `suite` says so."""
-    if config.suite != RunConfig.suite:
+    """Run the stage: on the run's SAEs; on synthetic worlds, or as a comparison of models, where `suite` says so."""
+    if config.suite == diff.SUITE:
+        diff.run(config)
+    elif config.suite != RunConfig.suite:
         ground_truth.run(config)
     else:
         ensure_evaluated(config, common.open_lm(config.lm))

@@ -88,7 +88,12 @@ SUITES = {"ground_truth": (FULL, (0, 1, 2)), "ground_truth_quick": (QUICK, (0,))
 def run(config: RunConfig) -> None:
     """Run the suite that `config.suite` names."""
     if config.suite not in SUITES:
-        raise unknown("suite", config.suite, list(SUITES), "`sae eval` without suite= evaluates the run's SAEs.")
+        raise unknown(
+            "suite",
+            config.suite,
+            list(SUITES),
+            "suite=diff compares two models; `sae eval` without suite= evaluates the run's SAEs.",
+        )
     trials, seeds = SUITES[config.suite]
     clock = common.Clock()
     folder = config.folder / "eval" / config.suite

@@ -51,6 +51,7 @@ def _print(table: list[dict[str, Any]]) -> None:
 
 def run(config: RunConfig) -> None:
     """Run the stage."""
+    common.refuse_pair(config.lm, "organism")
     options = config.organism
     if options.action == "measure":
         folder = Path(resolve_model(config.lm.name))

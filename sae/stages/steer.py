@@ -18,6 +18,7 @@ from sae.steering.interventions import Clamp
 
 def run(config: RunConfig) -> None:
     """Run the stage."""
+    common.refuse_pair(config.lm, "steer")
     options = config.steer
     if not options.sae:
         raise UserError(

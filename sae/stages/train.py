@@ -97,7 +97,7 @@ def make_grid(config: RunConfig, lm: LanguageModel) -> list[SAESpec]:
     """The configured grid, checked before anything is harvested for it."""
     options = config.sae
     check_options(options.options, options.architecture)
-    sites = options.sites or common.pick_hooks(config, lm)
+    sites = common.pick_sites(config, lm)
     controls = [TRAINED if name == "none" else name for name in options.control]
     return grid(
         sites, options.d_sae, options.architecture, options.l0, options.seed, controls=controls, skip=options.skip

@@ -1,0 +1,80 @@
+"""Crosscoders of two models: what is lost at each hook point, and by each model."""
+
+import pytest
+import torch
+from tiny_lms import save_checkpoint
+
+from sae.autoencoder.crosscoder import Crosscoder
+from sae.autoencoder.sae import SAE, SAEConfig
+from sae.evals.reconstruction import ReconstructionMeter
+from sae.evals.splice import splice, splice_all, splice_models
+from sae.lm.load import load_lm
+from sae.lm.pair import PairedModel
+
+HOOK = "blocks.1.hook_resid_post"
+D = 32
+
+
+@pytest.fixture(scope="module")
+def paired(tmp_path_factory):
+    folders = [save_checkpoint(tmp_path_factory.mktemp(f"seed{seed}"), "llama", seed) for seed in (0, 1)]
+    return PairedModel(*(load_lm(str(folder), device="cpu") for folder in folders))
+
+
+def exact(first, second):
+    """A crosscoder that gives back each part exactly, or as zeros."""
+    sae = Crosscoder(SAEConfig("relu", 2 * D, 4 * D, 0.0, 0, f"{HOOK}+pair.{HOOK}", "toy"))
+    rows = torch.cat([torch.eye(2 * D), -torch.eye(2 * D)])
+    with torch.no_grad():
+        sae.W_enc.copy_(rows.t())
+        sae.W_dec.copy_(rows)
+        for part, kept in zip(sae.split(sae.W_dec), (first, second), strict=True):
+            part.mul_(float(kept))
+    return sae
+
+
+@pytest.fixture
+def batch(paired):
+    return paired.tokenize(["the cat sat on a mat", "and looked at every bird that flew over its house"])
+
+
+def test_each_model_is_charged_with_its_own_part(paired, batch):
+    both, first, neither = splice_models(paired, [exact(1, 1), exact(1, 0), exact(0, 0)], [batch])
+    for found in (both, first, neither):
+        assert list(found.models) == ["", "pair."]
+    for prefix in ("", "pair."):
+        assert both.models[prefix].ce_recovered == pytest.approx(1, abs=1e-4)
+        assert neither.models[prefix].ce_recovered == pytest.approx(0, abs=1e-5)
+    assert first.models[""].ce_recovered == pytest.approx(1, abs=1e-4)
+    assert first.models["pair."] == neither.models["pair."]
+    clean = [found.ce_clean for found in first.models.values()]
+    assert abs(clean[0] - clean[1]) > 0.01, "the models are two"
+    assert first.together.n_tokens == 2 * first.models[""].n_tokens
+    assert first.together.ce_clean == pytest.approx(sum(clean) / 2)
+    assert first.together.delta_ce == pytest.approx(first.models["pair."].delta_ce / 2, abs=1e-5)
+
+
+def test_an_sae_of_one_model_is_spliced_into_that_one(paired, batch):
+    own, theirs = (SAE(SAEConfig("relu", D, 64, 0.0, 0, name, "toy")) for name in (HOOK, f"pair.{HOOK}"))
+    found = splice_models(paired, [own, theirs], [batch])
+    assert [list(each.models) for each in found] == [[""], ["pair."]]
+    alone = SAE(SAEConfig("relu", D, 64, 0.0, 0, HOOK, "toy"))
+    assert found[1].together == splice(paired.pair, alone, [batch])
+    assert found[0].together == splice(paired, own, [batch]) == splice_all(paired, [own], [batch])[0]
+
+
+def test_fvu_is_given_at_each_hook_point(paired, batch):
+    acts = torch.cat(list(paired.activations(batch, [HOOK, f"pair.{HOOK}"]).values()), dim=-1)[batch.mask]
+    meter = ReconstructionMeter(exact(1, 0))
+    meter.update(acts[:10])
+    meter.update(acts[10:])
+    found = meter.result()
+    first, second = found.source_fvu
+    missed, parts = acts[:, D:].double(), acts.double()
+    variation = [(part - part.mean(0)).square().sum() for part in (parts[:, :D], parts[:, D:])]
+    assert first == pytest.approx(0, abs=1e-10)
+    assert second == pytest.approx(float(missed.square().sum() / variation[1]), rel=1e-6)
+    assert found.fvu == pytest.approx(float(missed.square().sum() / sum(variation)), rel=1e-6)
+    alone = ReconstructionMeter(SAE(SAEConfig("relu", D, 64, 0.0, 0, HOOK, "toy")))
+    alone.update(acts[:, :D])
+    assert alone.result().source_fvu == ()
