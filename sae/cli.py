@@ -36,7 +36,9 @@ STAGES = {
     "harvest": Stage("sae.stages.harvest", "text -> tokens -> activations -> store on disk"),
     "train": Stage("sae.stages.train", "train a grid of autoencoders from one stream"),
     "l0": Stage("sae.stages.l0", "compare values of L0 and suggest one (hook_name=... d_sae=...)"),
-    "eval": Stage("sae.stages.evaluate", "reconstruction and spliced cross-entropy on held-out tokens"),
+    "eval": Stage(
+        "sae.stages.evaluate", "reconstruction and spliced cross-entropy on held-out tokens; suite=... for more"
+    ),
     "behavior": Stage("sae.stages.behavior", "find the latents behind a behaviour and test them causally"),
     "steer": Stage("sae.stages.steer", "generate with a latent clamped, beside the model's own words"),
     "report": Stage("sae.stages.report", "write the run's self-contained HTML page"),

@@ -183,9 +183,21 @@ class EvalConfig:
     splice: bool = True  # CE and KL with the reconstruction spliced in
     saes: list[str] = field(default_factory=list)  # folders of SAEs to evaluate (into eval/given/) instead of the run's
     force: bool = False  # evaluate SAEs that were trained on another model, too
+    labels: str = ""  # suite probing: a JSON-lines file of texts, fields text, label and maybe group
+    position: str = "last"  # suite probing: read a text at its last token, or take the mean over its tokens
+    ks: list[int] = field(default_factory=lambda: [1, 2, 5])  # suite probing: latents of a probe
+    bin_width: int = 1  # suite position: positions a point of the curves
+    meta_steps: int = 1_500  # suite geometry: training steps of a meta-SAE; 0 leaves it out
+    seed: int = 0  # of splits, draws and intervals
 
     def __post_init__(self) -> None:
         _require(self.batch_tokens >= 1, f"eval.batch_tokens={self.batch_tokens} must be at least 1.")
+        if self.position not in ("last", "mean"):
+            raise unknown("eval.position", self.position, ["last", "mean"])
+        _require(bool(self.ks) and min(self.ks) >= 1, f"eval.ks={self.ks} must be numbers of latents, from 1.")
+        _require(self.bin_width >= 1, f"eval.bin_width={self.bin_width} must be at least 1.")
+        _require(self.meta_steps >= 0, f"eval.meta_steps={self.meta_steps} is negative: give 0 or more.")
+        _require(self.seed >= 0, f"eval.seed={self.seed} is negative: give 0 or more.")
 
 
 @dataclass
@@ -280,7 +292,7 @@ class RunConfig:
     organism: OrganismConfig = field(default_factory=OrganismConfig)
     log: LogConfig = field(default_factory=LogConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
-    suite: str = "train"  # what `sae bench` measures (all: everything), or sae eval suite=ground_truth[_quick] | diff
+    suite: str = "train"  # what `sae bench` measures (all: everything), or `sae eval` (docs/evaluate.md)
     plan: bool = False  # sae train: only say what memory, disk and time it would take
     force: bool = False  # do a stage again although its output is there
     job: str = ""  # set by a multirun, and by `sae l0`: the job's folder inside the run's

@@ -1,9 +1,9 @@
-"""Feature absorption (Chanin et al. 2409.14507), measured on the first letters of words.
+"""Feature absorption (Chanin et al. 2409.14507), measured on words whose concepts are known.
 
 A latent for "starts with S" is absorbed where it stays silent on some words that start with S, because latents for
 these words carry the letter's direction themselves. The concept is known for every word, so what is missing shows.
 
-    found = first_letter(lm, sae)
+    found = absorption(sae.encode(acts), acts, sae.W_dec, words, letters)       # or first_letter(lm, sae)
     found.fraction, found.full
 
 1. On train words, a logistic probe for each letter on the raw activations a; p is its direction at length 1.
@@ -32,9 +32,9 @@ train words only: look at `probe_f1`. Splitting and absorption are told apart by
 evenly is not absorbed. SAEs narrower than about 16k latents have few latents for single words to absorb into.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -43,7 +43,6 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from sae import stats
-from sae.autoencoder.sae import SAE
 from sae.errors import UserError
 from sae.evals.geometry import unit
 from sae.evals.probing import LatentActs, batches, class_difference, columns, held_out_rows
@@ -119,6 +118,9 @@ class AbsorptionResult(NamedTuple):
     full: float
     n_main: float
     """Mean number of main latents; 1 is no splitting."""
+    probe_f1: float
+    """Mean F1 of the probes on test words, over all labels with enough train words: what the model knows of them. Near
+    0, the figures above are about few words, chosen by chance."""
     letters: list[LetterAbsorption]
     left_out: list[str]
     """Labels with too few train words, or none on the test side that the probe gets right."""
@@ -200,25 +202,60 @@ def absorption(
     groups = [word.lower() for word in words]
     held_out = held_out_rows(groups, seed=seed) if test is None else np.asarray(test).astype(bool)
     given = np.asarray(labels)
-    # A label is measured where train words are many enough and not all alike.
-    sizes = {str(label): int((given[~held_out] == label).sum()) for label in np.unique(given)}
-    known = [label for label, size in sizes.items() if thresholds.min_words <= size < (~held_out).sum()]
+    known = _known(given, held_out, thresholds)
+    if probes is None:
+        probes = fit_probes(acts, words, labels, test=held_out, thresholds=thresholds)
     letters: list[LetterAbsorption] = []
+    scores: list[float] = []
     if known:
         data = _Data(latent_acts, acts, W_dec, words, groups, held_out, np.isin(given, known), thresholds)
         labelings = np.stack([given == label for label in known])
         for label, has, ranked in zip(known, labelings, _ranked(latent_acts, labelings, data), strict=True):
-            probe = fit_probe(data.raw[~held_out], has[~held_out]) if probes is None else probes[label]
-            found = data.measure(label, has, ranked, probe, n_draws, seed)
+            probe = probes[label]
+            scores.append(_f1(probe.scores(data.raw[held_out]) > 0, has[held_out]))
+            found = data.measure(label, has, ranked, probe, scores[-1], n_draws, seed)
             letters += [] if found is None else [found]
     measured = {letter.label for letter in letters}
     return AbsorptionResult(
         fraction=_mean([letter.fraction.estimate for letter in letters]),
         full=_mean([letter.full.estimate for letter in letters]),
         n_main=_mean([len(letter.main) for letter in letters]),
+        probe_f1=_mean(scores),
         letters=letters,
-        left_out=[label for label in sizes if label not in measured],
+        left_out=[str(label) for label in np.unique(given) if label not in measured],
     )
+
+
+def fit_probes(
+    acts: Float[Tensor, "n d_in"],
+    words: Sequence[str],
+    labels: Sequence[str],
+    *,
+    test: ArrayLike | None = None,
+    thresholds: Thresholds = Thresholds(),
+    seed: int = 0,
+) -> dict[str, Probe]:
+    """Fit the probe of every label on train words, as `absorption` does; for several SAEs of one hook point.
+
+    Args:
+        acts: raw activations at the words.
+        words: [n], as in `absorption`.
+        labels: [n], likewise.
+        test: likewise.
+        thresholds: `min_words` counts.
+        seed: of the split.
+    """
+    groups = [word.lower() for word in words]
+    held_out = held_out_rows(groups, seed=seed) if test is None else np.asarray(test).astype(bool)
+    given, train = np.asarray(labels), acts.detach().float().cpu().numpy()[~held_out]
+    return {label: fit_probe(train, given[~held_out] == label) for label in _known(given, held_out, thresholds)}
+
+
+def _known(labels: Array, held_out: Array, thresholds: Thresholds) -> list[str]:
+    """Labels that are measured: train words are many enough and not all alike."""
+    train = labels[~held_out]
+    sizes = {str(label): int((train == label).sum()) for label in np.unique(labels)}
+    return [label for label, size in sizes.items() if thresholds.min_words <= size < len(train)]
 
 
 class _Ranked(NamedTuple):
@@ -252,7 +289,7 @@ class _Data:
         self.kept_acts = torch.cat(parts)
 
     def measure(
-        self, label: str, has: Array, ranked: _Ranked, probe: Probe, n_draws: int, seed: int
+        self, label: str, has: Array, ranked: _Ranked, probe: Probe, probe_f1: float, n_draws: int, seed: int
     ) -> LetterAbsorption | None:
         """Measure one label; None where no test word of it can be scored."""
         log_odds = probe.scores(self.raw)
@@ -270,7 +307,7 @@ class _Data:
         return LetterAbsorption(
             label=label,
             main=main,
-            probe_f1=_f1(log_odds[self.held_out] > 0, has[self.held_out]),
+            probe_f1=probe_f1,
             main_f1=main_f1,
             n_words=len(rows),
             fraction=stats.bootstrap_mean(found.fraction.numpy(), clusters, n_draws, seed),
@@ -300,97 +337,6 @@ def _ranked(latent_acts: LatentActs, labelings: Array, data: _Data) -> list[_Ran
     wanted = np.unique(np.concatenate(best))
     x = columns(latent_acts, wanted)
     return [_Ranked(chosen.tolist(), x[:, np.searchsorted(wanted, chosen)]) for chosen in best]
-
-
-def first_letter(
-    lm: Any,
-    sae: SAE,
-    words: Sequence[str] | None = None,
-    *,
-    n_examples: int = 10,
-    batch_size: int = 64,
-    thresholds: Thresholds = Thresholds(),
-    seed: int = 0,
-) -> AbsorptionResult:
-    """Measure first-letter absorption of an SAE in its language model.
-
-    Args:
-        lm: the `LanguageModel` the SAE belongs to.
-        sae: reads and writes one hook point.
-        words: by default `vocabulary_words(lm)`.
-        n_examples: see `word_activations`.
-        batch_size: prompts, and rows to encode, at once.
-        thresholds: what counts.
-        seed: of the examples, the split and the bootstrap.
-
-    Raises:
-        UserError: a transcoder or crosscoder, or no words.
-    """
-    site = sae.config.site
-    if site.kind != "sae":
-        raise UserError(f"absorption is measured for SAEs of one hook point, not for {str(site)!r}, a {site.kind}.")
-    words = vocabulary_words(lm) if words is None else list(words)
-    if not words:
-        raise UserError("no words to measure absorption on: this tokenizer has none as one token; give a list.")
-    acts = word_activations(lm, words, site.reads[0], n_examples=n_examples, batch_size=batch_size, seed=seed)
-
-    @torch.no_grad()
-    def encoded() -> Iterator[Tensor]:
-        for part in acts.split(batch_size):
-            yield sae.encode(part)
-
-    letters = [word[0].upper() for word in words]
-    return absorption(encoded, acts, sae.W_dec, words, letters, thresholds=thresholds, seed=seed)
-
-
-def vocabulary_words(lm: Any, min_letters: int = 2) -> list[str]:
-    """List the words of a tokenizer: ASCII letters only, one token when they follow a space.
-
-    Args:
-        lm: has a Hugging Face `tokenizer`.
-        min_letters: single letters would be their own first letter.
-    """
-    # Tokens that begin a word carry its space as a mark, which is no letter.
-    texts = {str(token).lstrip("Ġ▁") for token in lm.tokenizer.get_vocab()}
-    words = sorted(text for text in texts if text.isascii() and text.isalpha() and len(text) >= min_letters)
-    if not words:
-        return []
-    unknown = lm.tokenizer.unk_token_id
-    ids = lm.tokenizer([f" {word}" for word in words], add_special_tokens=False)["input_ids"]
-    return [word for word, found in zip(words, ids, strict=True) if len(found) == 1 and found[0] != unknown]
-
-
-@torch.no_grad()
-def word_activations(
-    lm: Any, words: Sequence[str], hook_name: str, *, n_examples: int = 10, batch_size: int = 64, seed: int = 0
-) -> Float[Tensor, "n d_in"]:
-    """Activations at the last token of every word, in a prompt that asks for first letters; float32, on the CPU.
-
-    The prompt is, a line each, ` {other} has the first letter: {X}` for some other words, and then ` {word}`. What
-    SAEBench lets follow, ` has the first letter:`, is left out: a causal model's activation at the word is the same.
-
-    Args:
-        lm: has `tokenize(texts)` and `activations(batch, hook_names)`.
-        words: without a space before them.
-        hook_name: where.
-        n_examples: other words in a prompt, drawn anew for each.
-        batch_size: prompts at once.
-        seed: of the examples.
-    """
-    rng = np.random.default_rng(seed)
-    prompts = []
-    for word in words:
-        drawn = [words[int(i)] for i in rng.permutation(len(words))[: n_examples + 1]] if n_examples else []
-        others = [other for other in drawn if other.lower() != word.lower()][:n_examples]
-        lines = [f" {other} has the first letter: {other[0].upper()}\n" for other in others]
-        prompts.append("".join([*lines, f" {word}"]))
-    found = []
-    for start in range(0, len(prompts), batch_size):
-        batch = lm.tokenize(prompts[start : start + batch_size])
-        acts = lm.activations(batch, [hook_name])[hook_name]
-        last = batch.last_positions().to(acts.device)
-        found.append(acts[torch.arange(len(last), device=acts.device), last].float().cpu())
-    return torch.cat(found)
 
 
 def _f1(says: Array, has: Array) -> float:

@@ -19,7 +19,7 @@ last: look at `n`. Rows of packed text hold several documents, so that a positio
 give `positions` then.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -63,7 +63,6 @@ class PositionResult(NamedTuple):
     """KL(clean || with reconstructions)."""
 
 
-@torch.no_grad()
 def by_position(
     lm: Any,
     sae: SAE,
@@ -74,7 +73,7 @@ def by_position(
     positions: Callable[[TokenBatch], Int[Tensor, "batch pos"]] = TokenBatch.positions,
     bin_width: int = 1,
 ) -> PositionResult:
-    """Measure the curves: one clean pass and one with reconstructions per batch.
+    """Measure the curves of one SAE.
 
     Args:
         lm: as in `splice.splice`.
@@ -88,23 +87,67 @@ def by_position(
     Raises:
         UserError: there is no prediction to count, the bin width is not positive, or the SAE does not fit.
     """
+    hook_names = None if hook_name is None else [hook_name]
+    found = by_position_all(
+        lm,
+        [sae],
+        batches,
+        hook_names=hook_names,
+        splice_mask=splice_mask,
+        positions=positions,
+        bin_width=bin_width,
+    )
+    return found[0]
+
+
+@torch.no_grad()
+def by_position_all(
+    lm: Any,
+    saes: Sequence[SAE],
+    batches: Iterable[TokenBatch],
+    *,
+    hook_names: Sequence[str] | None = None,
+    splice_mask: Callable[[TokenBatch], Bool[Tensor, "batch pos"]] | None = None,
+    positions: Callable[[TokenBatch], Int[Tensor, "batch pos"]] = TokenBatch.positions,
+    bin_width: int = 1,
+    progress: Callable[[], None] = lambda: None,
+) -> list[PositionResult]:
+    """Measure the curves of many SAEs on the same tokens: one clean pass and one pass an SAE, per batch.
+
+    Args:
+        lm: as in `splice.splice`.
+        saes: the autoencoders, transcoders or crosscoders.
+        batches: token rows; read once.
+        hook_names: where to splice each; default the SAEs' own hook points.
+        splice_mask: as in `by_position`.
+        positions: as in `by_position`.
+        bin_width: positions a bin.
+        progress: called after each batch.
+
+    Raises:
+        UserError: as in `by_position`.
+    """
     if bin_width < 1:
         raise UserError(f"bin_width={bin_width} is not positive: give 1 or more.")
-    site = sae.config.site if hook_name is None else Site((hook_name,), (hook_name,))
-    totals = _Totals()
+    sites = [sae.config.site for sae in saes] if hook_names is None else [Site((name,), (name,)) for name in hook_names]
+    elsewhere = list(dict.fromkeys(name for site in sites if site.kind != "sae" for name in site.reads))
+    totals = [_Totals() for _ in saes]
     for batch in batches:
         where = sae_mask(batch.roles) if splice_mask is None else splice_mask(batch)
         counted = batch.mask[:, :-1] & batch.mask[:, 1:]
         clean = _logs(lm, batch, counted, {})
-        read = lm.activations(batch, site.reads) if site.kind != "sae" else {}
-        spliced = _logs(lm, batch, counted, splice.edits_of(sae, site, where, read))
+        read = lm.activations(batch, elsewhere) if elsewhere else {}
         targets = batch.tokens[:, 1:][counted].to(clean.device)[:, None]
-        ce_clean, ce_sae = (-logs.gather(-1, targets)[:, 0].double().cpu() for logs in (clean, spliced))
-        kl = (clean.exp() * (clean - spliced)).sum(-1).double().cpu()
+        ce_clean = -clean.gather(-1, targets)[:, 0].double().cpu()
         bins = positions(batch)[:, :-1][counted].cpu() // bin_width
         rows = counted.nonzero()[:, 0].cpu()
-        totals.add(torch.stack([ce_clean, ce_sae, ce_sae - ce_clean, kl]), rows, bins)
-    return totals.result(bin_width)
+        for sae, site, total in zip(saes, sites, totals, strict=True):
+            spliced = _logs(lm, batch, counted, splice.edits_of(sae, site, where, read))
+            ce_sae = -spliced.gather(-1, targets)[:, 0].double().cpu()
+            kl = (clean.exp() * (clean - spliced)).sum(-1).double().cpu()
+            total.add(torch.stack([ce_clean, ce_sae, ce_sae - ce_clean, kl]), rows, bins)
+        progress()
+    return [total.result(bin_width) for total in totals]
 
 
 def _logs(lm: Any, batch: TokenBatch, counted: Tensor, edits: dict[str, Any]) -> Float[Tensor, "n d_vocab"]:

@@ -121,6 +121,23 @@ def pad(rows: Sequence[Tokenized], *, padding_side: str = "right", pad_id: int =
     return TokenBatch(tokens, mask, roles)
 
 
+def by_length(lengths: Int[Tensor, " n"], batch_tokens: int) -> Iterator[Int[Tensor, " rows"]]:
+    """Yield all rows in batches of about `batch_tokens`, padding included; shortest first, so that little is padded.
+
+    Args:
+        lengths: real tokens of each row.
+        batch_tokens: rows times the length of the longest are no more than this; a single row may be.
+    """
+    order = torch.argsort(lengths, stable=True)
+    start = 0
+    while start < len(order):
+        n_rows = 1
+        while start + n_rows < len(order) and int(lengths[order[start + n_rows]]) * (n_rows + 1) <= batch_tokens:
+            n_rows += 1
+        yield order[start : start + n_rows]
+        start += n_rows
+
+
 def sae_mask(roles: UInt8[Tensor, "..."], include_special: bool = False) -> Bool[Tensor, "..."]:
     """Which tokens may reach an SAE: never padding, and BOS/EOS only when asked for.
 

@@ -61,6 +61,11 @@ def check_hook(lm: LanguageModel, name: str) -> None:
     lm.check_hook(name)
 
 
+def eval_folder(config: RunConfig) -> Path:
+    """Where results on SAEs go: SAEs that `eval.saes` names must not take the place of the run's own."""
+    return config.folder / "eval" / ("given" if config.eval.saes else "")
+
+
 def check_belongs(lm: LanguageModel, sae: SAE, path: Path, *, force: bool) -> None:
     """Refuse an SAE that does not fit the model, or was trained on another one.
 

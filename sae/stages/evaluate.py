@@ -19,17 +19,15 @@ from sae.evals.splice import PairedSplices, SpliceResult, splice_models
 from sae.files import write_json, write_manifest, write_tensors
 from sae.lm.model import LanguageModel
 from sae.lm.pair import PREFIX, is_pairs, names_of
-from sae.lm.tokens import PackedTokens, TokenBatch, sae_mask
+from sae.lm.tokens import PackedTokens, TokenBatch, by_length, sae_mask
 from sae.report.progress import Progress
 from sae.report.terminal import summary_table
-from sae.stages import common, diff, ground_truth
+from sae.stages import common, suites
 from sae.stages.harvest import ensure_tokens
 from sae.stages.train import ensure_trained, make_grid, start_inputs
+from sae.train.controls import NO_CONTROL, control_of
 from sae.train.grid import SAESpec
 from sae.train.start import start_folder
-
-GIVEN = "given"
-"""Where in `eval/` the results on `eval.saes` go; those on the run's own SAEs lie in `eval/` itself."""
 
 
 class _Subjects(NamedTuple):
@@ -52,7 +50,9 @@ def ensure_evaluated(config: RunConfig, lm: LanguageModel) -> list[dict[str, Any
     clock = common.Clock()
     tokens = ensure_tokens(config, lm)
     folder, start = found.folder, config.train.start
-    settings = {"eval": config.eval, "include_special": config.data.include_special}
+    # Keys of other suites are not among them: naming labelled texts does not make this table stale.
+    settings = {name: getattr(config.eval, name) for name in ("batch_tokens", "splice", "saes", "force")}
+    settings |= {"include_special": config.data.include_special}
     inputs = {"lm": common.model_key(lm), "tokens": tokens.fingerprint}
     inputs |= {str(path): common.noted_hash(path / WEIGHTS_FILE, folder, str(path)) for path in found.paths}
     inputs |= start_inputs(folder, found.specs, start)
@@ -78,6 +78,7 @@ def ensure_evaluated(config: RunConfig, lm: LanguageModel) -> list[dict[str, Any
     write_manifest(folder, "eval", settings, inputs)
     columns = ["hook_name", "architecture", "d_sae", "l0", "fvu", "ce_recovered", "delta_ce", "kl", "dead_fraction"]
     columns += ["before_training"] if starts else []
+    columns += ["control"] if any(record["control"] != NO_CONTROL for record in records) else []
     print(summary_table(records, columns))
     _print_sources(records)
     print(f"{folder}: {len(records)} SAEs on {records[0]['n_tokens']:,} held-out tokens in {wall:.1f} s")
@@ -86,10 +87,10 @@ def ensure_evaluated(config: RunConfig, lm: LanguageModel) -> list[dict[str, Any
 
 def _subjects(config: RunConfig, lm: LanguageModel) -> _Subjects:
     """The SAEs of `eval.saes`; or the run's own, trained where they are not yet."""
-    folder = config.folder / "eval"
+    folder = common.eval_folder(config)
     if config.eval.saes:
         given = list(dict.fromkeys(Path(text) for text in config.eval.saes))
-        return _Subjects(given, folder / GIVEN, f"eval-{GIVEN}", [])
+        return _Subjects(given, folder, "eval-given", [])
     return _Subjects(ensure_trained(config, lm), folder, "eval", make_grid(config, lm))
 
 
@@ -143,7 +144,7 @@ def _splice_all(
 ) -> list[PairedSplices | None]:
     if not config.eval.splice:
         return [None] * len(saes)
-    batches = list(_batches(held_out, config.eval.batch_tokens, lm.device))
+    batches = list(padded_batches(held_out, config.eval.batch_tokens, lm.device))
 
     def seen(batch: TokenBatch) -> torch.Tensor:
         return sae_mask(batch.roles, config.data.include_special)
@@ -152,18 +153,10 @@ def _splice_all(
         return [*splice_models(lm, saes, batches, splice_mask=seen, progress=bar.update)]
 
 
-def _batches(packed: PackedTokens, batch_tokens: int, device: str) -> Iterator[TokenBatch]:
-    """Held-out rows, shortest first so that little is padded, each batch cut to its longest row."""
-    lengths = packed.mask.sum(dim=1)
-    order = torch.argsort(lengths, stable=True)
-    start = 0
-    while start < len(order):
-        n_rows = 1
-        while start + n_rows < len(order) and int(lengths[order[start + n_rows]]) * (n_rows + 1) <= batch_tokens:
-            n_rows += 1
-        rows = order[start : start + n_rows]
+def padded_batches(packed: PackedTokens, batch_tokens: int, device: str) -> Iterator[TokenBatch]:
+    """Held-out rows, shortest first, each batch cut to its longest row."""
+    for rows in by_length(packed.mask.sum(dim=1), batch_tokens):
         yield packed.batch(rows).select(range(len(rows))).to(device)
-        start += n_rows
 
 
 def _record(
@@ -175,6 +168,7 @@ def _record(
         "architecture": sae.config.architecture,
         "l0_target": sae.config.l0,
         "seed": sae.config.seed,
+        "control": control_of(sae.config) or NO_CONTROL,
         "path": str(path),
         "l0": found.l0,
         "fvu": found.fvu,
@@ -231,10 +225,8 @@ def _log(config: RunConfig, found: _Subjects, records: list[dict[str, Any]]) -> 
 
 
 def run(config: RunConfig) -> None:
-    """Run the stage: on the run's SAEs; on synthetic worlds, or as a comparison of models, where `suite` says so."""
-    if config.suite == diff.SUITE:
-        diff.run(config)
-    elif config.suite != RunConfig.suite:
-        ground_truth.run(config)
+    """Run the stage: the table of all SAEs, or what `suite` names."""
+    if config.suite != RunConfig.suite:
+        suites.run(config)
     else:
         ensure_evaluated(config, common.open_lm(config.lm))

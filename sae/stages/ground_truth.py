@@ -14,7 +14,6 @@ from typing import Any
 from sae.autoencoder.sae import SAE
 from sae.config import RunConfig
 from sae.device import pick_device
-from sae.errors import unknown
 from sae.evals import worlds
 from sae.evals.ground_truth import GroundTruthResult, measure
 from sae.evals.world import HOOK_NAME, World
@@ -22,7 +21,7 @@ from sae.files import write_json, write_manifest
 from sae.report.progress import Progress
 from sae.report.terminal import summary_table
 from sae.stages import common
-from sae.train.controls import TRAINED
+from sae.train.controls import NO_CONTROL, TRAINED
 from sae.train.grid import SAESpec
 from sae.train.settings import TrainSettings
 from sae.train.trainer import Interrupted, train
@@ -87,13 +86,6 @@ SUITES = {"ground_truth": (FULL, (0, 1, 2)), "ground_truth_quick": (QUICK, (0,))
 
 def run(config: RunConfig) -> None:
     """Run the suite that `config.suite` names."""
-    if config.suite not in SUITES:
-        raise unknown(
-            "suite",
-            config.suite,
-            list(SUITES),
-            "suite=diff compares two models; `sae eval` without suite= evaluates the run's SAEs.",
-        )
     trials, seeds = SUITES[config.suite]
     clock = common.Clock()
     folder = config.folder / "eval" / config.suite
@@ -152,7 +144,7 @@ def _row(world: World, spec: SAESpec, found: GroundTruthResult) -> dict[str, Any
     about = {
         "world": world.name,
         "architecture": spec.architecture,
-        "control": spec.control or "none",
+        "control": spec.control or NO_CONTROL,
         "d_sae": spec.d_sae,
         "k": spec.l0,
         "seed": spec.seed,

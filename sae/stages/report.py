@@ -6,7 +6,6 @@ from sae.config import RunConfig, WandbMode
 from sae.errors import UserError
 from sae.report.html import write_report
 from sae.stages import common
-from sae.stages.evaluate import GIVEN
 
 
 def write(config: RunConfig) -> Path:
@@ -20,6 +19,6 @@ def write(config: RunConfig) -> Path:
 
 def run(config: RunConfig) -> None:
     """Run the stage."""
-    if not any((*config.folder.glob("*/result.json"), *config.folder.glob(f"eval/{GIVEN}/result.json"))):
+    if not any((*config.folder.glob("*/result.json"), *config.folder.glob("eval/**/result.json"))):
         raise UserError(f"there is no result in {str(config.folder)!r}: give name= of a run in {config.runs!r}.")
     print(write(config))

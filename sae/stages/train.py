@@ -28,7 +28,7 @@ from sae.report.terminal import summary_table
 from sae.stages import common, plan
 from sae.stages.harvest import ensure_store, ensure_tokens, make_passes, store_settings
 from sae.train.checkpoint import latest
-from sae.train.controls import TRAINED
+from sae.train.controls import NO_CONTROL, TRAINED
 from sae.train.grid import SAESpec, grid
 from sae.train.settings import TrainSettings
 from sae.train.start import check_starts, start_folder, start_hash
@@ -98,7 +98,7 @@ def make_grid(config: RunConfig, lm: LanguageModel) -> list[SAESpec]:
     options = config.sae
     check_options(options.options, options.architecture)
     sites = common.pick_sites(config, lm)
-    controls = [TRAINED if name == "none" else name for name in options.control]
+    controls = [TRAINED if name == NO_CONTROL else name for name in options.control]
     return grid(
         sites, options.d_sae, options.architecture, options.l0, options.seed, controls=controls, skip=options.skip
     )

@@ -8,8 +8,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae.autoencoder.sae import SAEConfig
+
 TRAINED = ""
 """No control: everything is trained."""
+NO_CONTROL = "none"
+"""What that is called in configurations and tables."""
 FROZEN: dict[str, frozenset[str]] = {
     TRAINED: frozenset(),
     "frozen_decoder": frozenset({"W_dec"}),
@@ -22,6 +26,13 @@ what they are about."""
 SOFT = "soft_frozen_decoder"
 SOFT_COSINE = 0.8
 """How close a softly frozen row must stay to where it began."""
+
+
+def control_of(config: SAEConfig) -> str:
+    """The control a saved SAE was trained as; `TRAINED` for none, and for SAEs from elsewhere."""
+    training = config.metadata.get("training")
+    found = training.get("control") if isinstance(training, dict) else None
+    return found if isinstance(found, str) and found in FROZEN else TRAINED
 
 
 @torch.no_grad()

@@ -1,12 +1,8 @@
 """SAELens agrees: on every metric of an SAE against a known truth, and on the world the benchmark is made of."""
 
-import json
-import os
-import subprocess
-from pathlib import Path
-
 import pytest
 import torch
+from peers import ask_peer
 from safetensors.torch import load_file, save_file
 
 from sae.autoencoder.sae import SAE, SAEConfig
@@ -14,7 +10,6 @@ from sae.evals.ground_truth import GroundTruthMeter
 from sae.evals.world import HOOK_NAME
 from sae.evals.worlds import t4
 
-PEERS = Path(os.environ.get("SAE_PEERS_ENV") or Path(__file__).resolve().parents[2] / ".venv-peers")
 N = 40_960
 
 WORKER = """
@@ -70,9 +65,6 @@ print(json.dumps(found))
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
     """Our metrics of an SAE, theirs of the same activations, our world and theirs."""
-    python = PEERS / "bin" / "python"
-    if not python.is_file():
-        pytest.skip(f"there is no {str(python)!r}: `make peers` makes it, or set SAE_PEERS_ENV to one that is.")
     folder = tmp_path_factory.mktemp("saelens")
     world = t4()
     sae = SAE(SAEConfig("topk", 64, 48, 3, 0, HOOK_NAME, "t4"))
@@ -87,13 +79,7 @@ def both(tmp_path_factory):
     given = {"acts": sample.acts, "feature_acts": sample.feature_acts, "recons": recons, "latent_acts": latent_acts}
     given |= {"W_dec": sae.W_dec.detach(), "directions": world.directions}
     save_file({name: value.contiguous() for name, value in given.items()}, folder / "given.safetensors")
-    (folder / "worker.py").write_text(WORKER)
-    # Their environment must not find our package or settings through this one's.
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
-    command = [python, folder / "worker.py", folder / "given.safetensors", folder / "world.safetensors", str(N)]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=folder, timeout=600)
-    assert done.returncode == 0, done.stderr[-2000:]
-    theirs = json.loads(done.stdout.strip().splitlines()[-1])
+    theirs = ask_peer(WORKER, folder, folder / "given.safetensors", folder / "world.safetensors", N)
     return meter.result(), theirs, world, load_file(folder / "world.safetensors")
 
 

@@ -70,3 +70,22 @@ def save_checkpoint(folder: Path, kind: str, seed: int = 0) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def save_word_checkpoint(folder: Path, words: list[str], embedding: torch.Tensor) -> Path:
+    """A Llama whose tokenizer has each word as one token, with the embedding [word 32] given."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["<unk>", *words])}, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, unk_token="<unk>", bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(_config("llama", len(tokenizer)))
+    with torch.no_grad():
+        model.get_input_embeddings().weight[1 : 1 + len(words)] = embedding
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -7,17 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae import files
-from sae.autoencoder.sae import SAE, SAEConfig
 from sae.errors import UserError
-from sae.evals import absorption as module
-from sae.evals.absorption import (
-    Thresholds,
-    absorption,
-    first_letter,
-    vocabulary_words,
-    word_absorption,
-    word_activations,
-)
+from sae.evals.absorption import Thresholds, absorption, fit_probes, word_absorption
 from sae.evals.probing import held_out_rows
 from sae.probe import Probe
 
@@ -142,51 +133,18 @@ def test_too_few_words_are_left_out():
         absorption(z, acts, W_dec, words[1:], labels)
 
 
-class FakeTokenizer:
-    unk_token_id = 0
+def test_probe_f1_says_what_the_model_knows():
+    """1 where the labels are in the activations; what random guesses give where they are not, with nothing left out.
 
-    def __init__(self, vocab):
-        self.vocab = vocab
-
-    def get_vocab(self):
-        return self.vocab
-
-    def __call__(self, texts, add_special_tokens):
-        return {"input_ids": [[self.vocab.get("Ġ" + text.strip(), 0)] for text in texts]}
-
-
-def test_vocabulary_words():
-    class LM:
-        tokenizer = FakeTokenizer({"<unk>": 0, "Ġapple": 1, "pear": 2, "Ġa": 3, "Ġcafé": 4, "Ġ12": 5, "ĠFig": 6})
-
-    assert vocabulary_words(LM()) == ["Fig", "apple"]
-
-
-WORDS = [f"{a}{b}{c}" for a in "abc" for b in "aeiou" for c in "dfgklmnprst"]
-
-
-def test_real_model_reads_the_last_token_of_the_word(real_lm):
-    acts = word_activations(real_lm, WORDS[:7], "blocks.1.hook_resid_post", n_examples=1, batch_size=3)
-    again = word_activations(real_lm, WORDS[:7], "blocks.1.hook_resid_post", n_examples=1, batch_size=7)
-    assert torch.allclose(acts, again, atol=1e-5)
-    bare = word_activations(real_lm, WORDS[:7], "blocks.1.hook_resid_post", n_examples=0)
-    for word, found in zip(WORDS[:7], bare, strict=True):
-        batch = real_lm.tokenize([f" {word} has the first letter:"])
-        at = 1 + len(word)  # BOS, a space, then one token a letter
-        own = real_lm.activations(batch, ["blocks.1.hook_resid_post"])["blocks.1.hook_resid_post"]
-        assert torch.allclose(own[0, at], found, atol=1e-4)
-
-
-def test_real_driver(real_lm):
-    sae = SAE(SAEConfig("topk", 32, 64, 8, 0, "blocks.1.hook_resid_post", "toy"))
-    one, two = (first_letter(real_lm, sae, WORDS, n_examples=1) for _ in range(2))
-    assert one == two
-    assert {letter.label for letter in one.letters} | set(one.left_out) == {"A", "B", "C"}
-    for letter in one.letters:
-        assert 0 <= letter.fraction.estimate <= 1
-        assert letter.fraction.n == letter.n_words
-    with pytest.raises(UserError, match="no words"):
-        first_letter(real_lm, sae)
-    transcoder = SAEConfig("topk", 32, 64, 8, 0, "blocks.1.hook_resid_post->blocks.2.hook_resid_post", "toy")
-    with pytest.raises(UserError, match="a transcoder"):
-        first_letter(real_lm, module.SAE.__subclasses__()[0](transcoder), WORDS)
+    With classes weighted equally a probe that knows nothing says yes to about half of the words, so its F1 is about
+    p / (p + 1/2) for a label of share p; half of the words have each of two labels here.
+    """
+    z, acts, W_dec, words, labels, *_ = hierarchy(True)
+    assert absorption(z, acts, W_dec, words, labels).probe_f1 == pytest.approx(1)
+    rng = np.random.default_rng(0)
+    blind = [str(label) for label in rng.choice(list("abcd"), len(words))]
+    null = torch.from_numpy(rng.standard_normal(tuple(acts.shape))).float()
+    found = absorption(z, null, W_dec, words, blind)
+    assert found.probe_f1 == pytest.approx(0.25 / 0.75, abs=0.08)
+    given = fit_probes(acts, words, labels)
+    assert absorption(z, acts, W_dec, words, labels, given) == absorption(z, acts, W_dec, words, labels)

@@ -12,7 +12,7 @@ from sae import files
 from sae.autoencoder.sae import SAEConfig, make
 from sae.errors import UserError
 from sae.evals import position as module
-from sae.evals.position import _Totals, by_position
+from sae.evals.position import _Totals, by_position, by_position_all
 from sae.evals.splice import splice
 from sae.lm.tokens import TokenBatch
 
@@ -34,6 +34,16 @@ def test_curves_add_up_to_the_splice():
     assert curves.delta_ce.mean[0] == curves.kl.mean[0] == 0
     assert (curves.kl.mean[1:] > 0.1).all()
     files.to_plain(curves)
+
+
+def test_many_saes_at_once_are_each_alone():
+    batches, seen = [batch(), batch(0, 2)], []
+    both = by_position_all(FakeLM(), [sae(), sae(kind="identity")], batches, progress=lambda: seen.append(1))
+    assert len(seen) == len(batches)
+    for found, kind in zip(both, ("zero", "identity"), strict=True):
+        alone = by_position(FakeLM(), sae(kind=kind), batches)
+        for name in module.METRICS:
+            assert torch.equal(getattr(found, name).mean, getattr(alone, name).mean)
 
 
 def test_a_perfect_sae_costs_nothing_anywhere():

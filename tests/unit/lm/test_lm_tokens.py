@@ -1,12 +1,14 @@
 """Padding, masks and packing."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sae.errors import UserError
-from sae.lm.tokens import Role, TokenBatch, Tokenized, iter_packed, pack, pad, sae_mask
+from sae.lm.tokens import Role, TokenBatch, Tokenized, by_length, iter_packed, pack, pad, sae_mask
 
 document = st.lists(st.tuples(st.integers(2, 50), st.integers(1, 7)), max_size=30).map(
     lambda pairs: Tokenized([token for token, _ in pairs], [role for _, role in pairs])
@@ -84,6 +86,21 @@ def test_document_mode(docs, ctx_len):
     assert [row.tokens for row in rows] == [([LEAD, *doc.tokens])[:ctx_len] for _, doc in kept]
     assert [row.roles for row in rows] == [([1, *doc.roles])[:ctx_len] for _, doc in kept]
     assert packed.doc[:, 0].tolist() == [i for i, _ in kept]
+
+
+@calm
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(1, 100))
+def test_batches_by_length_hold_every_row_once_and_no_more_than_they_may(lengths, batch_tokens):
+    given_lengths = torch.tensor(lengths)
+    parts = list(by_length(given_lengths, batch_tokens))
+    assert sorted(torch.cat(parts).tolist()) == list(range(len(lengths)))
+    padded = [len(part) * int(given_lengths[part].max()) for part in parts]
+    assert all(size <= batch_tokens or len(part) == 1 for size, part in zip(padded, parts, strict=True))
+    # Shortest first, and a batch ends only where its next row would not fit.
+    order = given_lengths[torch.cat(parts)].tolist()
+    assert order == sorted(order)
+    for part, following in pairwise(parts):
+        assert (len(part) + 1) * int(given_lengths[following[0]]) > batch_tokens
 
 
 def test_sae_mask():
