@@ -21,8 +21,10 @@ from sae.files import write_text
 from sae.report import findings, plots
 from sae.report.model import Behavior, Rate, ReportData, SaeRow
 from sae.report.progress import format_time
-from sae.report.read import as_dict, read_run
+from sae.report.read import read_run
+from sae.report.related import relations_view
 from sae.report.svg import DASH, MINUS, PLOT_CSS, PLOT_CSS_DARK, number, percent
+from sae.report.values import as_dict
 
 HERE = Path(__file__).parent
 MAX_EXAMPLES = 40  # of one behaviour
@@ -102,6 +104,7 @@ def render_report(data: ReportData, *, redact: bool = False) -> str:
         overview=overview(data),
         behaviors=[behavior_view(b, redact=redact) for b in data.behaviors],
         grid=grid_view(data),
+        relations=relations_view(data),
         gates=gate_view(data),
         provenance=provenance_view(data),
         snippet=loading_snippet(data),

@@ -121,6 +121,109 @@ class Behavior:
 
 
 @dataclass(frozen=True)
+class Level:
+    """The latents of one size in a family of sizes; the lists have an entry a latent."""
+
+    d_sae: int
+    path: str
+    parent: list[int]  # latent of the next narrower size, -1 without one; empty at the narrowest
+    cosine: list[float | None]  # with the nearest there, whether or not it is near enough to be the parent
+    stability: list[float | None]  # similarity with the nearest latent of another seed; empty with one seed
+    null_mean: float | None  # of `cosine`, among random rows
+    null_high: float | None  # its 99th percentile
+
+
+@dataclass(frozen=True)
+class Family:
+    """The sizes of one hook point, architecture, L0 and seed, narrowest first."""
+
+    hook_name: str
+    architecture: str
+    l0_target: float | None
+    control: str
+    seed: int | None
+    floor: float | None
+    levels: list[Level]
+
+
+@dataclass(frozen=True)
+class Added:
+    """Latents of a wider SAE that were added to a narrower one."""
+
+    n: int | None
+    fvu: float | None
+    improving: float | None  # share of them that lower the FVU alone
+
+
+@dataclass(frozen=True)
+class SizePair:
+    """Two sizes that follow each other."""
+
+    hook_name: str
+    architecture: str
+    l0_target: float | None
+    control: str
+    seed: int | None
+    small: int | None
+    large: int | None
+    shared: float | None
+    mean: float | None
+    null_mean: float | None  # of `mean`, among random rows
+    parents: float | None
+    same_number: float | None
+    other_shared: float | None  # with the wider one of another seed
+    other_parents: float | None
+    fvu_small: float | None
+    fvu_large: float | None
+    novel: Added
+    known: Added
+    silent: int | None
+    auroc: float | None
+
+
+@dataclass(frozen=True)
+class SeedRow:
+    """How well the latents of one size recur in other seeds."""
+
+    hook_name: str
+    architecture: str
+    l0_target: float | None
+    control: str
+    d_sae: int | None
+    seeds: list[int]
+    mean: list[float]  # an entry a seed
+    shared: list[float]
+    null_mean: float | None
+    null_high: float | None
+
+
+@dataclass(frozen=True)
+class AtomRow:
+    """How much of an autoencoder's decoder a meta-SAE of few directions explains."""
+
+    hook_name: str
+    architecture: str
+    l0_target: float | None
+    control: str
+    d_sae: int | None
+    seed: int | None
+    fve: float
+    fve_random: float | None
+
+
+@dataclass(frozen=True)
+class Relations:
+    """How the SAEs of a run are related; all empty where that was not measured."""
+
+    families: list[Family] = field(default_factory=list)
+    pairs: list[SizePair] = field(default_factory=list)
+    seeds: list[SeedRow] = field(default_factory=list)
+    atoms: list[AtomRow] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    threshold: float | None = None  # similarity from which a latent counts as shared
+
+
+@dataclass(frozen=True)
 class GateRow:
     """The organism under one combination of gates."""
 
@@ -147,6 +250,7 @@ class ReportData:
     saes: list[SaeRow] = field(default_factory=list)
     evaluated: bool = False
     behaviors: list[Behavior] = field(default_factory=list)
+    relations: Relations = field(default_factory=Relations)
     gates: list[GateRow] = field(default_factory=list)
     probe_auroc: dict[str, float] = field(default_factory=dict)
     curves: list[dict[str, Any]] = field(default_factory=list)

@@ -47,7 +47,7 @@ def natural(name: str) -> list[tuple[int, str]]:
     return [(int(part) if part.isdecimal() else -1, part) for part in re.split(r"(\d{1,9})", name)]
 
 
-def _empty(title: str, width: float = WIDTH) -> str:
+def empty(title: str, width: float = WIDTH) -> str:
     """Return the figure that says there is nothing to draw."""
     figure = Figure(width, 90)
     figure.text(width / 2, 50, "no data to draw", anchor="middle")
@@ -64,7 +64,7 @@ def fvu_l0(saes: Sequence[SaeRow]) -> str:
     title = "Reconstruction error (FVU) against sparsity (L0)"
     rows = [s for s in saes if is_finite(s.l0) and is_finite(s.fvu)]
     if not rows:
-        return _empty(title)
+        return empty(title)
     hooks = sorted({s.hook_name for s in rows}, key=natural)
     sizes = sorted({s.d_sae or 0 for s in rows})
     figure = Figure(WIDTH, 330)
@@ -105,7 +105,7 @@ def fvu_size(saes: Sequence[SaeRow]) -> str:
     title = "Reconstruction error (FVU) against dictionary size"
     rows = [s for s in saes if s.d_sae and is_finite(s.fvu)]
     if not rows:
-        return _empty(title)
+        return empty(title)
     hooks = sorted({s.hook_name for s in rows}, key=natural)
     figure = Figure(WIDTH, 330)
     figure.legend([Key(short_hook(h) or "?", _colour(i)) for i, h in enumerate(hooks)])
@@ -141,7 +141,7 @@ def density_histogram(edges: Sequence[float], counts: Sequence[float], label: st
     safe_counts = [max(0.0, v) for v in finite(c if is_finite(c) else 0.0 for c in counts)]
     safe_edges = finite(edges)
     if not safe_counts or len(safe_edges) != len(safe_counts) + 1 or max(safe_counts) == 0:
-        return _empty(title, width)
+        return empty(title, width)
     figure = Figure(width, 190, left=44, right=10, bottom=40)
     x = make_scale(safe_edges, figure.left, figure.x1, pad=0.0)
     y = make_scale(safe_counts, figure.y1, figure.top, zero=True, pad=0.08)
@@ -174,7 +174,7 @@ def ranked_latents(rows: Sequence[Ranked], chosen: Sequence[bool] = (), limit: i
     kept = [(row, star) for row, star in zip(rows, stars, strict=True) if is_finite(row.auroc)][:limit]
     shown = [row for row, _ in kept]
     if not shown:
-        return _empty(title)
+        return empty(title)
     sizes = len({row.d_sae for row in shown}) > 1
     varied = len({row.position for row in shown}) > 1
     labels = [
@@ -234,7 +234,7 @@ def dose_response(
     title = f"Dose-response: rate of {behavior} against the clamp value"
     kept = [p for p in points if is_finite(p.dose) and is_finite(p.rate.rate)]
     if not kept:
-        return _empty(title)
+        return empty(title)
     figure = Figure(WIDTH, 330)
     columns: list[tuple[float, list[float]]] = []
     for i, point in enumerate(points):
@@ -291,7 +291,7 @@ def rate_bars(rows: Sequence[RateRow], title: str) -> str:
     """Draw rates side by side: bars with intervals for measurements, strips of dots for controls."""
     shown = [row for row in rows if (row.rate and is_finite(row.rate.rate)) or finite(row.draws)]
     if not shown:
-        return _empty(title)
+        return empty(title)
     left = min(190.0, 20 + max(text_width(row.label) for row in shown))
     figure = Figure(WIDTH, 0, left=left, right=56, bottom=40)
     pitch = 34
@@ -404,7 +404,7 @@ def training_curves(records: Sequence[Mapping[str, Any]], metric: str, label: st
     title = f"Training: {label}"
     series = _curves(records, metric)
     if not series:
-        return _empty(title)
+        return empty(title)
     names = list(series)[:limit]
     kinds = {name: _kind(name) for name in names}
     hooks = sorted({hook for hook, _ in kinds.values()}, key=natural)

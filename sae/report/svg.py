@@ -43,6 +43,8 @@ font-family:ui-sans-serif,system-ui,"Segoe UI",Roboto,"Helvetica Neue",sans-seri
 .plot .dot{fill:var(--c);stroke:var(--paper);stroke-width:1.25}
 .plot .hollow{fill:var(--paper);stroke:var(--c);stroke-width:2}
 .plot .whisker{stroke:var(--c);stroke-width:1.75;fill:none}
+.plot .ribbon1{opacity:.3}.plot .ribbon2{opacity:.55}.plot .ribbon3{opacity:.85}
+.plot .thread{stroke-width:2.25}.plot .hair{stroke-width:1}
 .plot .reference{stroke:var(--ghost);stroke-width:1;stroke-dasharray:3 3}
 """
 PLOT_CSS_DARK = """

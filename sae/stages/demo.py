@@ -16,9 +16,10 @@ from sae.files import read_json, sha256_json, write_json
 from sae.lm.load import resolve_model
 from sae.lm.model import LanguageModel
 from sae.report.terminal import clean, summary_table
-from sae.stages import common, organism, report
+from sae.stages import common, organism, relations, report
 from sae.stages.behavior import SUMMARY, ensure_behaviors
 from sae.stages.evaluate import ensure_evaluated
+from sae.stages.groups import NothingToRelate
 
 SAE_FIELDS = ("hook_name", "d_sae", "architecture", "l0", "fvu", "ce_recovered", "dead_fraction", "path")
 BESIDE = ("d_sae", "path", "n_random", "n_records", "unfiltered_base_rate", "unfiltered_clamp_base_rate", "per_size")
@@ -35,6 +36,7 @@ def run(config: RunConfig) -> None:
     _make_room(config)
     table = _gate_table(config, lm)
     saes = ensure_evaluated(config, lm)
+    _relate(config, lm)
     behaviors = _behaviors(config, lm)
     result = {
         "schema_version": 1,
@@ -73,6 +75,14 @@ def _gate_table(config: RunConfig, lm: LanguageModel) -> list[dict[str, Any]] | 
     )
     table: list[dict[str, Any]] = organism.measure(config, folder)["table"]
     return table
+
+
+def _relate(config: RunConfig, lm: LanguageModel) -> None:
+    """What becomes of latents from size to size; a grid of one size and seed has nothing to relate."""
+    try:
+        relations.ensure_related(config, lm)
+    except NothingToRelate as reason:
+        print(f"sizes are not related: {reason}")
 
 
 def _behaviors(config: RunConfig, lm: LanguageModel) -> dict[str, Any]:

@@ -15,6 +15,7 @@ SUITES = {
     "probing": "sae.stages.probing",
     "absorption": "sae.stages.absorption",
     "geometry": "sae.stages.geometry",
+    "relations": "sae.stages.relations",
     "diff": "sae.stages.diff",
 }
 

@@ -128,6 +128,25 @@ def test_figures_are_drawn_and_their_text_does_not_overlap(browser: "playwright.
     page.close()
 
 
+def test_families_are_drawn_and_stay_legible_on_a_telephone(browser: "playwright.Browser", report: Path) -> None:
+    page = open_page(browser, report, 1200)
+    section = page.locator("#related")
+    assert section.get_by_text("Families of the latents found.").first.is_visible()
+    pictures = section.locator("figure .wide svg.plot:visible")
+    assert pictures.count() == 4  # of two hook points the latents found and all; another seed is folded away
+    for kind in ("rect", "path"):
+        heights = pictures.last.locator(kind).evaluate_all(
+            "found => found.map(one => one.getBoundingClientRect().height)"
+        )
+        assert max(heights) > 100
+    page.set_viewport_size({"width": 390, "height": 900})
+    wide = section.locator(".wide").first
+    assert wide.evaluate("node => node.scrollWidth > node.clientWidth")
+    size = section.locator("svg.plot text").first.evaluate("node => node.getBoundingClientRect().height")
+    assert size > 8
+    page.close()
+
+
 def test_printing_works(browser: "playwright.Browser", report: Path) -> None:
     page = open_page(browser, report, 1000, "dark")
     page.emulate_media(media="print", color_scheme="dark")

@@ -38,10 +38,10 @@ def test_curves_add_up_to_the_splice():
 
 def test_many_saes_at_once_are_each_alone():
     batches, seen = [batch(), batch(0, 2)], []
-    both = by_position_all(FakeLM(), [sae(), sae(kind="identity")], batches, progress=lambda: seen.append(1))
+    both = by_position_all(FakeLM(), [coder("zero"), coder("identity")], batches, progress=lambda: seen.append(1))
     assert len(seen) == len(batches)
     for found, kind in zip(both, ("zero", "identity"), strict=True):
-        alone = by_position(FakeLM(), sae(kind=kind), batches)
+        alone = by_position(FakeLM(), coder(kind), batches)
         for name in module.METRICS:
             assert torch.equal(getattr(found, name).mean, getattr(alone, name).mean)
 

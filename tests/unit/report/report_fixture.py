@@ -157,6 +157,65 @@ def behavior(name: str, ablated: float, text: str) -> dict[str, Any]:
     }
 
 
+def relations() -> dict[str, Any]:
+    """Return two hook points' families of 512 and 1,024 latents; one hook point has two seeds."""
+    rng = random.Random(1)
+    found: dict[str, Any] = {
+        "schema_version": 1,
+        "pairs": [],
+        "seeds": [],
+        "families": [],
+        "notes": [],
+        "wall_s": 3.2,
+    }
+    null = {"best_mean": 0.31, "best_high": 0.42, "matched_mean": 0.3, "matched_high": 0.41}
+    for hook, seed in ((HOOKS[0], 0), (HOOKS[1], 0), (HOOKS[1], 1)):
+        group = {"hook_name": hook, "architecture": "topk", "l0_target": 16.0, "control": "none", "seed": seed}
+        paths = [f"runs/demo/train/{hook}/topk-{d_sae}-l0_16-s{seed}" for d_sae in (512, 1024)]
+        parent = [-1 if rng.random() < 0.4 else int(512 * rng.random() ** 2) for _ in range(1024)]
+        parent[17], parent[402], parent[88] = 17, 17, -1
+        cosine = [rng.uniform(0.5, 1.0) if one >= 0 else rng.uniform(0.2, 0.5) for one in parent]
+        stability = {
+            size: [rng.uniform(0.3, 1) for _ in range(size)] if hook == HOOKS[1] else None for size in (512, 1024)
+        }
+        levels = [
+            {"d_sae": 512, "path": paths[0], "null": None, "parent": [-1] * 512, "cosine": None},
+            {"d_sae": 1024, "path": paths[1], "null": null, "parent": parent, "cosine": cosine},
+        ]
+        for level in levels:
+            level["stability"] = stability[level["d_sae"]]
+        found["families"].append({**group, "floor": 0.5, "by": "decoder", "levels": levels})
+        added = {"n": 600, "fvu": 0.4, "change": 0.2, "improving": 0.3}
+        stitched = {"novel": added, "reconstruction": {**added, "n": 400, "fvu": 0.5}, "fvu_small": 0.2}
+        stitched |= {"fvu_large": 0.15, "auroc": 0.8, "threshold": 0.7, "n_tokens": 65536, "silent": 24}
+        sizes = {"small": 512, "large": 1024, "shared": 0.6, "mean": 0.71, "threshold": 0.7, "null": null}
+        parents = {"parents": 0.6, "floor": 0.5, "parent_null": null, "same_number": 0.1, "other_seed": None}
+        found["pairs"].append({**group, **sizes, **parents, "stitching": stitched})
+    for size in (512, 1024):
+        group = {"hook_name": HOOKS[1], "architecture": "topk", "l0_target": 16.0, "control": "none", "d_sae": size}
+        about = {"seeds": [0, 1], "mean": [0.62, 0.61], "shared": [0.4, 0.41], "threshold": 0.7, "null": null}
+        found["seeds"].append({**group, **about})
+    return found
+
+
+def geometry() -> dict[str, Any]:
+    """Return the geometry of three SAEs, one without a meta-SAE, and of a random one beside the last."""
+    rows = []
+    for hook, size in ((HOOKS[0], 512), (HOOKS[1], 512), (HOOKS[1], 1024)):
+        about = {
+            "hook_name": hook,
+            "architecture": "topk",
+            "d_sae": size,
+            "l0_target": 16.0,
+            "control": "none",
+            "seed": 0,
+        }
+        fve = {"meta_fve": 0.57, "meta_fve_random": 0.53} if hook == HOOKS[1] else {"meta_fve": None}
+        rows.append({"path": f"runs/demo/train/{hook}/topk-{size}", "beside": None, **about, **fve})
+    rows.append(rows[-1] | {"path": None, "beside": rows[-1]["path"], "control": "random", "seed": 7})
+    return {"schema_version": 1, "suite": "geometry", "saes": rows, "wall_s": 2.0}
+
+
 def manifest(stage: str) -> dict[str, Any]:
     """Return a stage's manifest."""
     return {
@@ -198,6 +257,8 @@ def write_run(folder: Path) -> Path:
             "wall_s": 312.4,
         },
         "eval": {"saes": grid, "wall_s": 40.2},
+        "eval/relations": relations(),
+        "eval/geometry": geometry(),
         "behavior": {
             "behaviors": {
                 "refusal": behavior("refusal", 0.035, HARMFUL),

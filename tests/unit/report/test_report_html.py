@@ -88,7 +88,7 @@ def test_hostile_strings_stay_text(run: Path) -> None:
             return [poison(item) for item in value]
         return HOSTILE + "\ud800" if isinstance(value, str) else value
 
-    for path in run.glob("*/*.json"):
+    for path in run.rglob("*.json"):
         path.write_text(json.dumps(poison(json.loads(path.read_text()))))
     organism = json.loads((run / "organism/result.json").read_text())
     organism["table"][0]["gates"][HOSTILE] = True
@@ -116,7 +116,7 @@ def test_missing_folder_is_a_user_error(tmp_path: Path) -> None:
         write_report(tmp_path / "absent")
 
 
-@pytest.mark.parametrize("stage", ["train", "eval", "behavior", "organism"])
+@pytest.mark.parametrize("stage", ["train", "eval", "eval/relations", "behavior", "organism"])
 def test_any_stage_may_be_absent_or_broken(run: Path, stage: str) -> None:
     (run / stage / "result.json").write_text("{not json")
     assert "is not valid JSON" in write_report(run).read_text(encoding="utf-8")

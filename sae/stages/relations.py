@@ -1,0 +1,301 @@
+"""`sae eval suite=relations`: how the SAEs of a run are related, across their sizes and their seeds.
+
+    sae eval suite=relations name=mine
+
+SAEs of one site, architecture and L0 are compared with each other (see `sae.evals.relations`); controls are groups of
+their own. Between consecutive sizes of one seed: matches, parents, and what the wider SAE adds on held-out tokens; over
+all sizes of one seed: family trees; between the seeds of one size: how well each latent recurs. Similarities stand
+beside those of random rows with the second moment of the decoders (null="data").
+
+Traps. SAEs of one seed begin with the same rows, as far as the narrower one goes, so latents of one number are more
+alike than those of another seed: `same_number` counts them, and `other_seed` is the same pair of sizes across
+seeds, where there are several.
+"""
+
+import itertools
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from sae.activations.harvest import Passes
+from sae.autoencoder.sae import SAE
+from sae.config import RunConfig
+from sae.evals.relations import (
+    Families,
+    Match,
+    Null,
+    Stitching,
+    families,
+    match,
+    null_similarity,
+    seed_stability,
+    stitching,
+)
+from sae.files import sha256_file, to_plain, write_json, write_manifest, write_tensors
+from sae.lm.model import LanguageModel
+from sae.report.progress import Progress
+from sae.report.terminal import summary_table
+from sae.stages import common
+from sae.stages.groups import Group, NothingToRelate, find_groups
+from sae.stages.harvest import ensure_tokens
+from sae.stages.train import ensure_trained
+
+SUITE = "relations"
+THRESHOLD = 0.7
+"""Similarity from which latents count as shared, and those of a wider SAE as reconstruction latents (2502.04878)."""
+FLOOR = 0.5
+"""Least cosine of a child with its parent; raised to the null's 99th percentile where random rows reach that."""
+HELD_AT_ONCE = 1 << 24
+"""Activations of the wider SAE's latents held at once: 64 MiB."""
+MATCH = ("shared", "mean", "threshold", "method", "by", "null")
+PAIR_COLUMNS = ["hook_name", "architecture", "control", "l0_target", "seed", "small", "large", "mean", "null", "shared",
+                "parents", "novel", "fvu_small", "fvu_novel", "fvu_large"]  # fmt: skip
+SEED_COLUMNS = ["hook_name", "architecture", "control", "l0_target", "d_sae", "seeds", "mean", "shared", "null",
+                "null_high"]  # fmt: skip
+
+
+def check_enough(config: RunConfig) -> None:
+    """Refuse a grid with one SAE a group, before anything is trained for it.
+
+    Raises:
+        NothingToRelate: one size and one seed.
+    """
+    options = config.sae
+    if not config.eval.saes and len(set(options.d_sae)) < 2 and len(set(options.seed)) < 2:
+        raise NothingToRelate(
+            f"sae.d_sae={options.d_sae} with sae.seed={options.seed} leaves no two SAEs to relate: give several sizes, "
+            f"sae.d_sae=[{options.d_sae[0]},{2 * options.d_sae[0]}], or several seeds, sae.seed=[0,1]."
+        )
+
+
+def ensure_related(config: RunConfig, lm: LanguageModel) -> dict[str, Any]:
+    """Relate the run's SAEs, or those of `eval.saes`; or read what was found. Return the stage's result.
+
+    Raises:
+        NothingToRelate: no two SAEs to compare.
+        UserError: two of one group's size and seed, or one that `check_belongs` refuses.
+    """
+    check_enough(config)
+    paths = [Path(text) for text in config.eval.saes] or ensure_trained(config, lm)
+    clock = common.Clock()
+    tokens = ensure_tokens(config, lm)
+    folder = common.eval_folder(config) / SUITE
+    settings = {"suite": SUITE, "include_special": config.data.include_special, "threshold": THRESHOLD, "floor": FLOOR}
+    inputs = {"lm": common.model_key(lm), "tokens": tokens.fingerprint}
+    inputs |= {str(path): sha256_file(path / "weights.safetensors") for path in paths}
+    groups = find_groups(lm, paths, force=config.eval.force or not config.eval.saes)
+    if common.skip(config, folder, settings, inputs):
+        return common.read_result(folder)
+    shutil.rmtree(folder / "latents", ignore_errors=True)
+    held_out = HeldOut(config, lm)
+    result: dict[str, Any] = {"schema_version": 1, "pairs": [], "seeds": [], "families": [], "notes": []}
+    with Progress(len(groups), "relate SAEs", unit="group") as bar:
+        for group in groups:
+            if group.is_related():
+                _relate(group, lm, held_out, folder, result)
+            else:
+                result["notes"].append(_alone(group))
+            bar.update()
+    result = to_plain(result | {"wall_s": clock.seconds()})
+    write_json(folder / "result.json", result)
+    _log(config, folder, result)
+    write_manifest(folder, "eval", settings, inputs)
+    _print(result)
+    print(f"{folder / 'result.json'}: {len(paths)} SAEs in {result['wall_s']:.1f} s")
+    return result
+
+
+def _alone(group: Group) -> str:
+    size, seed = next(iter(group.paths))
+    return (
+        f"{group.hook_name}, {group.architecture}, L0 {group.l0:g}: {size:,} latents of seed {seed} have nothing to be "
+        "compared with; sae.d_sae=[...] gives more sizes, sae.seed=[...] more seeds."
+    )
+
+
+class HeldOut:
+    """Activations of held-out tokens; those of one hook point are kept, so that the model is run once for each."""
+
+    def __init__(self, config: RunConfig, lm: LanguageModel) -> None:
+        self._config, self._lm = config, lm
+        self._hook = ""
+        self._acts: list[Tensor] = []
+
+    def batches(self, hook_name: str, d_sae: int) -> Iterator[Tensor]:
+        """Activations [n d_in], few enough at once for an SAE of so many latents."""
+        if hook_name != self._hook:
+            packed = ensure_tokens(self._config, self._lm).corpus.held_out
+            passes = Passes(
+                self._lm,
+                packed,
+                [hook_name],
+                batch_tokens=self._config.harvest.batch_tokens,
+                include_special=self._config.data.include_special,
+            )
+            self._acts = [passes(number).acts[hook_name] for number in range(len(passes))]
+            self._hook = hook_name
+        for acts in self._acts:
+            yield from acts.split(max(1, HELD_AT_ONCE // d_sae))
+
+
+def _relate(group: Group, lm: LanguageModel, held_out: HeldOut, folder: Path, result: dict[str, Any]) -> None:
+    """Add a group's seeds, pairs and families to the result, and write their tensors."""
+    stability: dict[tuple[int, int], Tensor] = {}
+    for size, seeds in group.seeds().items():
+        if len(seeds) > 1:
+            record, found = _compare_seeds(group, lm, size, seeds, folder)
+            result["seeds"].append(record)
+            stability |= found
+    for seed, sizes in group.sizes().items():
+        if len(sizes) > 1:
+            pairs, trees = _compare_sizes(group, lm, held_out, seed, sizes, folder)
+            for level, size in zip(trees["levels"], sizes, strict=True):
+                kept = stability.get((size, seed))
+                level["stability"] = None if kept is None else rounded(kept)
+            result["pairs"] += pairs
+            result["families"].append(trees)
+
+
+def _compare_seeds(
+    group: Group, lm: LanguageModel, size: int, seeds: list[int], folder: Path
+) -> tuple[dict[str, Any], dict[tuple[int, int], Tensor]]:
+    """How well the latents of one size recur: the record, and every latent's stability by size and seed."""
+    paths = [group.paths[size, seed] for seed in seeds]
+    found = seed_stability([SAE.load(path, lm.device) for path in paths], null="data")
+    file = f"latents/{group.file}-{size}-seeds.safetensors"
+    write_tensors(folder / file, {f"s{seed}": part for seed, part in zip(seeds, found.stability, strict=True)})
+    record = group.record | {
+        "d_sae": size,
+        "seeds": seeds,
+        "mean": found.mean,
+        "shared": [float((part >= THRESHOLD).double().mean()) for part in found.stability],
+        "threshold": THRESHOLD,
+        "by": found.by,
+        "null": found.null,
+        "paths": paths,
+        "latents": file,
+    }
+    return record, {(size, seed): part for seed, part in zip(seeds, found.stability, strict=True)}
+
+
+def _compare_sizes(
+    group: Group, lm: LanguageModel, held_out: HeldOut, seed: int, sizes: list[int], folder: Path
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """One seed's sizes: a record for every two that follow each other, and the trees over all of them."""
+    saes = [SAE.load(group.paths[size, seed], lm.device) for size in sizes]
+    links = list(itertools.pairwise(saes))
+    # A child looks for its parent among the narrower one's latents, so chance is measured that way round.
+    nulls = [null_similarity(large, small, None, "data") for small, large in links]
+    floor = max(FLOOR, *(null.best_high for null in nulls))
+    trees = families(saes, floor=floor)
+    pairs = []
+    for (small, large), level, null in zip(links, trees.levels[1:], nulls, strict=True):
+        found = match(small, large, by="decoder", threshold=THRESHOLD, null="data")
+        stitched = None
+        if small.config.site.kind == "sae":
+            stitched = stitching(small, large, held_out.batches(group.hook_name, large.config.d_sae), THRESHOLD)
+        file = f"latents/{group.file}-s{seed}-{small.config.d_sae}-{large.config.d_sae}.safetensors"
+        write_tensors(folder / file, _tensors(found, stitched))
+        has_parent = level.parent >= 0
+        same = level.parent == torch.arange(len(level.parent))
+        pairs.append(
+            group.record
+            | {"seed": seed, "small": small.config.d_sae, "large": large.config.d_sae}
+            | {"small_path": group.paths[small.config.d_sae, seed], "large_path": group.paths[large.config.d_sae, seed]}
+            | {name: getattr(found, name) for name in MATCH}
+            | {"parents": share(has_parent), "floor": floor, "parent_cosine": float(level.cosine.mean())}
+            | {"parent_null": null, "same_number": share(same[has_parent])}
+            | {"other_seed": _across(group, lm, small, large, seed, floor), "stitching": _summary(stitched)}
+            | {"latents": file}
+        )
+    return pairs, group.record | _trees(trees, seed, [group.paths[size, seed] for size in sizes], nulls)
+
+
+def _across(group: Group, lm: LanguageModel, small: SAE, large: SAE, seed: int, floor: float) -> dict[str, Any] | None:
+    """The same pair of sizes, the wider one of the next seed: what is alike without a common start."""
+    others = [other for other in group.seeds()[large.config.d_sae] if other != seed]
+    if not others:
+        return None
+    other = next((found for found in others if found > seed), others[0])
+    far = SAE.load(group.paths[large.config.d_sae, other], lm.device)
+    found = match(small, far, by="decoder", threshold=THRESHOLD)
+    return {"seed": other, "shared": found.shared, "parents": share(found.best_back.cosine >= floor)}
+
+
+def share(chosen: Bool[Tensor, " n"]) -> float:
+    """Share of entries that are true; NaN where there are none."""
+    return float(chosen.double().mean())
+
+
+def rounded(values: Float[Tensor, " n"]) -> list[float]:
+    """Similarities as a table has them: three decimals say all there is to say."""
+    return [round(value, 3) for value in values.double().tolist()]
+
+
+def _tensors(found: Match, stitched: Stitching | None) -> dict[str, Tensor]:
+    """What is too long for the result: a number a latent of the narrower SAE (partner), or of the wider one."""
+    tensors = {"partner": found.partner, "similarity": found.similarity, "parent_cosine": found.best_back.cosine}
+    tensors["nearest"] = found.best_back.row
+    if stitched is not None:
+        tensors |= {"is_novel": stitched.is_novel, "fired": stitched.fired, "change": stitched.change}
+    return tensors
+
+
+def _summary(stitched: Stitching | None) -> dict[str, Any] | None:
+    """The numbers of a stitching; None for transcoders and crosscoders, which cannot be stitched."""
+    if stitched is None:
+        return None
+    names = ("novel", "reconstruction", "fvu_small", "fvu_large", "auroc", "threshold", "n_tokens")
+    return {name: getattr(stitched, name) for name in names} | {"silent": int((~stitched.fired).sum())}
+
+
+def _trees(trees: Families, seed: int, paths: list[Path], nulls: list[Null]) -> dict[str, Any]:
+    """Trees as lists, a number for each latent of each size."""
+    levels = [
+        {"d_sae": level.d_sae, "path": path, "null": null, "parent": level.parent, "cosine": rounded(level.cosine)}
+        for level, path, null in zip(trees.levels, paths, [None, *nulls], strict=True)
+    ]
+    levels[0]["cosine"] = None
+    return {"seed": seed, "floor": trees.floor, "by": "decoder", "levels": levels}
+
+
+def _log(config: RunConfig, folder: Path, result: dict[str, Any]) -> None:
+    """Put the tables into the metric sink."""
+    with common.open_sink(config, folder, "eval") as sink:
+        for name, columns, rows in _tables(result):
+            sink.table(f"relations_{name}", columns, [[row[column] for column in columns] for row in rows])
+
+
+def _tables(result: dict[str, Any]) -> list[tuple[str, list[str], list[dict[str, Any]]]]:
+    """The tables that have rows: name, columns, rows."""
+    pairs = []
+    for pair in result["pairs"]:
+        found = pair["stitching"] or {}
+        novel = found.get("novel") or {}
+        flat = {"novel": novel.get("n"), "fvu_novel": novel.get("fvu"), "null": pair["null"]["matched_mean"]}
+        pairs.append(pair | flat | {name: found.get(name) for name in ("fvu_small", "fvu_large")})
+    seeds = []
+    for row in result["seeds"]:
+        flat = {name: sum(row[name]) / len(row[name]) for name in ("mean", "shared")}
+        flat |= {"null": row["null"]["best_mean"], "null_high": row["null"]["best_high"]}
+        seeds.append(row | flat | {"seeds": len(row["seeds"])})
+    tables = [("sizes", PAIR_COLUMNS, pairs), ("seeds", SEED_COLUMNS, seeds)]
+    return [table for table in tables if table[2]]
+
+
+def _print(result: dict[str, Any]) -> None:
+    for _, columns, rows in _tables(result):
+        print(summary_table(rows, columns))
+    for note in result["notes"]:
+        print(note)
+
+
+def run(config: RunConfig) -> None:
+    """Run the suite."""
+    check_enough(config)
+    ensure_related(config, common.open_lm(config.lm))
