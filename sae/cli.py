@@ -86,7 +86,7 @@ def _run_hydra(stage: str, given: list[str]) -> None:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from sae import config
+    from sae import config, plugins
 
     config.register()
     # Hydra would print a trace of its own and exit; we want the exception, to say it in one sentence.
@@ -106,6 +106,7 @@ def _run_hydra(stage: str, given: list[str]) -> None:
             if built.plan and stage != "train":
                 raise UserError(f"plan=true plans training and does nothing for `sae {stage}`: use `sae train`.")
             where = f"{built.job}: " if built.job else ""
+            plugins.load(built.plugins)
             importlib.import_module(STAGES[stage].module).run(built)
             if not built.job and not built.plan:
                 _remember(recipe, built.folder)

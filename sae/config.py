@@ -293,6 +293,7 @@ class RunConfig:
     log: LogConfig = field(default_factory=LogConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
     suite: str = "train"  # what `sae bench` measures (all: everything), or `sae eval` (docs/evaluate.md)
+    plugins: list[str] = field(default_factory=list)  # Python modules or files imported first, with architectures
     plan: bool = False  # sae train: only say what memory, disk and time it would take
     force: bool = False  # do a stage again although its output is there
     job: str = ""  # set by a multirun, and by `sae l0`: the job's folder inside the run's

@@ -15,6 +15,7 @@ ALLOWED = {
     "files": {"errors"},
     "stats": {"errors"},
     "probe": {"errors"},
+    "plugins": {"errors"},
     "config": {"errors"},
     "lm": BASE,
     "kernels": {"errors"},
@@ -30,6 +31,7 @@ ALLOWED = {
     "stages": BASE
     | {
         "config",
+        "plugins",
         "lm",
         "kernels",
         "autoencoder",
@@ -42,7 +44,7 @@ ALLOWED = {
         "report",
         "bench",
     },
-    "cli": {"errors", "files", "config", "stages"},
+    "cli": {"errors", "files", "config", "plugins", "stages"},
     "__init__": {"errors", "lm", "autoencoder", "steering"},
 }
 # Libraries that only one place knows.

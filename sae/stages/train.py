@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from sae import plugins
 from sae.activations.prefetch import Prefetch
 from sae.activations.reader import StoreReader
 from sae.activations.stream import ActivationStream, LiveStream, StoreStream
@@ -123,6 +124,8 @@ def ensure_trained(config: RunConfig, lm: LanguageModel) -> list[Path]:
         "stream_seed": config.train.seed,
         "store": store_settings(config, hook_names),
     }
+    if config.plugins:
+        depends["plugins"] = plugins.load(config.plugins)
     inputs = {"lm": common.model_key(lm), "tokens": tokens.fingerprint} | start_inputs(folder, specs, settings.start)
     with lock(folder, common.say_waiting):
         if is_done(folder, depends, inputs) and not _complete(folder, paths):

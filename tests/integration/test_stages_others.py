@@ -4,6 +4,7 @@ import json
 import shutil
 
 from sae.autoencoder.sae import SAE
+from sae.autoencoder.sparsity import ARCHITECTURES
 from sae.files import read_json
 from sae.report.read import read_run
 
@@ -220,3 +221,45 @@ def test_a_start_may_move_or_go_but_not_change(sae):
     status, _, err = sae("train", *tuned)
     assert status == 2
     assert "elsewhere" in err
+
+
+SOFT = """
+from sae.autoencoder.sparsity import Sparsity, register
+
+
+@register
+class Soft(Sparsity):
+    name = "soft"
+
+    def activate(self, pre_acts, cols):
+        return (pre_acts - 0.5).relu()
+
+    def penalty(self, active, step):
+        return 0.01 * active.latent_acts.sum() / active.batch_tokens
+"""
+
+
+def test_an_architecture_from_outside_the_package_is_trained_and_measured(sae, tmp_path, monkeypatch):
+    monkeypatch.setattr("sae.autoencoder.sparsity.ARCHITECTURES", dict(ARCHITECTURES))
+    path = tmp_path / "soft.py"
+    path.write_text(SOFT)
+    own = (f"harvest.hook_names=[{HOOK}]", "sae.architecture=[soft]", f"plugins=[{path}]")
+    status, _, err = sae("train", "name=own", *own[:2])
+    assert status == 2
+    assert "soft" in err, "unknown without the plugin"
+    status, _, err = sae("train", "name=own", *own)
+    assert status == 0, err
+    status, out, err = sae("eval", "name=own", defaults=False)
+    assert status == 0, err
+    assert "soft" in out, "the run remembers its plugins"
+    path.write_text(SOFT.replace("0.5", "0.25"))
+    status, _, err = sae("train", "name=own", defaults=False)
+    assert status == 2, "other code is another run"
+    path.write_text("import nothing_like_it")
+    status, _, err = sae("train", "name=other", *own)
+    assert status == 2
+    assert "nothing_like_it" in err
+    assert not (tmp_path / "other").exists()
+    status, _, err = sae("train", "name=other", *own[:2], "plugins=[no_such_module]")
+    assert status == 2
+    assert "no_such_module" in err
