@@ -15,7 +15,7 @@ each stage adds a level of latents to the one before, and a level of a token is 
 
 `loss_and_gradients` is what the trainer calls. An architecture that selects nothing, or a batch in which too much is
 active for sparse sums to pay, takes `_dense`, the same with matmuls. `reference_loss` is the truth that both are
-tested against: the definition, differentiated by autograd.
+tested against: the definition, differentiated by autograd. What revives dead latents is in `sae.autoencoder.revive`.
 """
 
 from typing import NamedTuple
@@ -25,14 +25,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae.autoencoder import loss
+from sae.autoencoder.revive import AuxK, revive
 from sae.autoencoder.sae import SAE
 from sae.autoencoder.sparsity import Active, BatchStats, Levels
 from sae.kernels.operands import Entries, Index, Precision, Projection, Workspace
 from sae.kernels.reference import Kernels
-
-AUXK_DENSE_RATIO = 24
-"""The auxiliary loss takes the sparse path when there are more dead latents than this times k_aux: k_aux is large
-(d_in / 2), so below that matmuls over all dead latents are cheaper than sums over the selected ones."""
 
 
 class TrainingLoss(NamedTuple):
@@ -50,24 +47,6 @@ class TrainingLoss(NamedTuple):
     fired: Tensor
     """[d_sae] bool: fired on at least one token of the batch."""
     stats: BatchStats
-
-
-class AuxK(NamedTuple):
-    """The auxiliary loss that revives dead latents (2406.04093, A.2)."""
-
-    alpha: float = 1 / 32
-    """Its weight; 0 switches it off."""
-    k: int | None = None
-    """Dead latents per token in it; None means d_in / 2."""
-
-    def latents(self, d_out: int) -> int:
-        """Dead latents per token, at most."""
-        return max(1, d_out // 2 if self.k is None else self.k)
-
-
-def variance(x: Float[Tensor, "batch d_in"]) -> Float[Tensor, ""]:
-    """Sum over the batch of ||x - mean(x)||^2: the denominator of FVU, the same for every SAE of a hook point."""
-    return (x - x.mean(0)).square().sum()
 
 
 @torch.no_grad()
@@ -95,11 +74,11 @@ def loss_and_gradients(
         kernels: what computes it; the reference kernels mean plain autograd throughout.
         precision: of the encoder product, and of matmuls on the dense path.
         auxk: the auxiliary loss.
-        target_variance: `variance(target)`, where it is known already.
+        target_variance: `loss.variance(target)`, where it is known already.
         workspace: memory for the weights' gradients, which then last until its next use.
     """
     target = x if target is None else target
-    target_variance = variance(target) if target_variance is None else target_variance
+    target_variance = loss.variance(target) if target_variance is None else target_variance
     sae.zero_grad()
     if kernels.name == "reference":
         return _reference(sae, x, target, step, dead, auxk, target_variance)
@@ -111,11 +90,9 @@ def loss_and_gradients(
         passed = _sparse(sae, x, target, projection, entries, step, kernels, workspace or Workspace())
     square_error = passed.error.square().sum()
     penalty, aux = passed.penalty, x.new_zeros(())
-    latents = dead.nonzero().squeeze(1) if dead is not None else None
-    if latents is not None and len(latents):
-        penalty = penalty + _revive(sae, projection, latents)
-        if auxk.alpha > 0 and sae.sparsity.uses_auxk:
-            aux = _auxk(sae, projection, -passed.error, latents, auxk, kernels)
+    if dead is not None:
+        revival = revive(sae, projection, passed.error, dead, auxk, kernels)
+        penalty, aux = penalty + revival.penalty, revival.auxk
     acts = passed.active.latent_acts
     return TrainingLoss(
         passed.reconstruction + penalty + auxk.alpha * aux,
@@ -320,71 +297,6 @@ def _activity(
         # Adding keeps "on" where several entries share a latent; which of them comes last does not matter.
         fired = torch.zeros(d_sae, device=acts.device).index_add_(0, cols, on.float()) > 0
     return fired, BatchStats(on.sum() / batch_tokens, smallest, step)
-
-
-def _auxk(
-    sae: SAE, projection: Projection, residual: Tensor, latents: Tensor, auxk: AuxK, kernels: Kernels
-) -> Float[Tensor, ""]:
-    """The auxiliary loss; its gradient is added to that of the dead latents (b_dec is not to be moved by it)."""
-    n_dead = len(latents)
-    k = min(n_dead, auxk.latents(residual.shape[1]))
-    w_enc, w_dec = sae.W_enc.t()[latents], sae.W_dec[latents]
-    target_variance = variance(residual)
-    weight = torch.where(target_variance > 0, 1 / target_variance, 0.0)
-    part = projection._replace(w_enc=w_enc.t(), b_enc=sae.b_enc[latents])
-    if n_dead > AUXK_DENSE_RATIO * k:
-        entries = kernels.topk(part, k)
-        index = Index(entries.rows, entries.cols, len(residual), n_dead)
-        acts = entries.values.relu()
-        missed = kernels.decode(acts, index, w_dec, torch.zeros_like(sae.b_dec)).sub_(residual)
-        grad = missed * (2 * auxk.alpha * weight)
-        groups = kernels.by_latent(index)
-        grads = kernels.decode_grads(grad, acts, index, groups, w_dec)
-        grad_values = grads.acts * (acts > 0)
-        grad_w_dec = grads.w_dec
-        grad_w_enc = kernels.encode_grad(grad_values, index, groups, projection.centred)
-        grad_b_enc = kernels.bias_grad(grad_values, index, groups)
-    else:
-        dtype = projection.precision.dtype
-        w, v, centred = w_enc.to(dtype), w_dec.to(dtype), projection.centred.to(dtype)
-        pre_acts = (centred @ w.t()).float().add_(part.b_enc)
-        if k < n_dead:
-            smallest = pre_acts.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
-            pre_acts = pre_acts * (pre_acts >= smallest)
-        acts = pre_acts.relu_().to(dtype)
-        missed = (acts @ v).float().sub_(residual)
-        grad = missed * (2 * auxk.alpha * weight)
-        rounded = grad.to(dtype)
-        grad_values = (rounded @ v.t()).mul_(acts > 0)
-        grad_w_dec, grad_w_enc = (acts.t() @ rounded).float(), (grad_values.t() @ centred).float()
-        grad_b_enc = grad_values.float().sum(0)
-    _add_to_rows(sae, latents, w_dec=grad_w_dec, w_enc=grad_w_enc, b_enc=grad_b_enc)
-    return missed.square().sum() * weight
-
-
-def _revive(sae: SAE, projection: Projection, latents: Tensor) -> Float[Tensor, ""]:
-    """The architecture's own revival of dead latents; b_dec is not to be moved by it."""
-    dtype = projection.precision.dtype
-    w_enc, centred = sae.W_enc.t()[latents].to(dtype), projection.centred.to(dtype)
-    with torch.enable_grad():
-        pre_acts = (centred @ w_enc.t()).float().add_(sae.b_enc[latents]).detach().requires_grad_()
-        loss = sae.sparsity.revive(pre_acts, latents)
-    if loss is None:
-        return centred.new_zeros((), dtype=torch.float32)
-    loss.backward()
-    assert pre_acts.grad is not None
-    grad = pre_acts.grad
-    _add_to_rows(sae, latents, w_enc=(grad.to(dtype).t() @ centred).float(), b_enc=grad.sum(0))
-    return loss.detach()
-
-
-def _add_to_rows(sae: SAE, latents: Tensor, *, w_enc: Tensor, b_enc: Tensor, w_dec: Tensor | None = None) -> None:
-    """Add to the gradients of some latents, given row by row."""
-    for parameter, added in ((sae.W_dec, w_dec), (sae.W_enc, w_enc), (sae.b_enc, b_enc)):
-        if added is not None:
-            assert parameter.grad is not None
-            rows = parameter.grad.t() if parameter is sae.W_enc else parameter.grad
-            rows.index_add_(0, latents, added)
 
 
 class ReferenceLoss(NamedTuple):

@@ -14,9 +14,14 @@ def normalised_mse(x: Float[Tensor, "batch d_in"], recons: Float[Tensor, "batch 
     return (x - recons).square().sum() / x.numel()
 
 
+def variance(x: Float[Tensor, "batch d_in"]) -> Float[Tensor, ""]:
+    """Sum over the batch of ||x - mean(x)||^2: the denominator of FVU, the same for every SAE of a hook point."""
+    return (x - x.mean(0)).square().sum()
+
+
 def fvu(x: Float[Tensor, "batch d_in"], recons: Float[Tensor, "batch d_in"]) -> Float[Tensor, ""]:
     """Fraction of variance unexplained: sum ||x - recons||^2 / sum ||x - mean(x)||^2, mean over this batch."""
-    return (x - recons).square().sum() / (x - x.mean(0)).square().sum()
+    return (x - recons).square().sum() / variance(x)
 
 
 def l0(latent_acts: Float[Tensor, "batch d_sae"]) -> Float[Tensor, ""]:
@@ -45,7 +50,7 @@ def auxk(
     k = min(k_aux, dead_pre_acts.shape[-1])
     values, cols = dead_pre_acts.topk(k, dim=-1, sorted=False)
     acts = torch.zeros_like(dead_pre_acts).scatter(-1, cols, values.relu())
-    variance = (residual - residual.mean(0)).square().sum()
+    spread = variance(residual)
     missed = (residual - acts @ dead_decoder).square().sum()
     # Where there is no variance the denominator is replaced first: a gradient of 0 * infinity would be NaN.
-    return missed / torch.where(variance > 0, variance, 1.0) * (variance > 0)
+    return missed / torch.where(spread > 0, spread, 1.0) * (spread > 0)

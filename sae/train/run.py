@@ -9,7 +9,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sae.autoencoder.gradients import AuxK, TrainingLoss, loss_and_gradients, variance
+from sae.autoencoder.gradients import TrainingLoss, loss_and_gradients
+from sae.autoencoder.loss import variance
+from sae.autoencoder.revive import AuxK
 from sae.autoencoder.sae import SAE, make
 from sae.autoencoder.site import Site
 from sae.kernels.operands import Precision, Workspace

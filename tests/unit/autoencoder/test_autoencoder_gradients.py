@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from sae.autoencoder import loss
-from sae.autoencoder.gradients import AuxK, loss_and_gradients
+from sae.autoencoder.gradients import loss_and_gradients
+from sae.autoencoder.revive import AuxK
 from sae.autoencoder.sae import SAEConfig
 from sae.autoencoder.sae import make as make_sae
 from sae.autoencoder.sparsity import ARCHITECTURES, BatchStats, Schedule
@@ -193,7 +194,7 @@ def test_nothing_active_is_no_accident(kernels):
 @pytest.mark.parametrize("ratio", [0, 24])
 @pytest.mark.parametrize("k_aux", [2, None])
 def test_dead_latents_alone_get_the_auxiliary_gradient(kernels, ratio, k_aux, monkeypatch):
-    monkeypatch.setattr("sae.autoencoder.gradients.AUXK_DENSE_RATIO", ratio)  # 0: by sparse sums
+    monkeypatch.setattr("sae.autoencoder.revive.AUXK_DENSE_RATIO", ratio)  # 0: by sparse sums
     sae, x = make("topk")
     dead = torch.zeros(40, dtype=torch.bool)
     dead[-7:] = True

@@ -7,7 +7,8 @@ import pytest
 import torch
 from train_toys import HOOK, ToyStream, unit_rows
 
-from sae.autoencoder.gradients import AuxK, loss_and_gradients
+from sae.autoencoder.gradients import loss_and_gradients
+from sae.autoencoder.revive import AuxK
 from sae.autoencoder.sae import SAE, SAEConfig
 from sae.errors import UserError
 from sae.kernels import build, pick
@@ -145,7 +146,7 @@ def crowded():
 @pytest.mark.parametrize(("k_aux", "d_in_half"), [(1, False), (2, False), (5, False), (None, True)])
 def test_exactly_k_dead_latents_per_token_take_part_in_auxk(kernels, ratio, k_aux, d_in_half, monkeypatch):
     """By sparse sums (ratio 0) and by matmuls, also where the pre-activations of the next ones are almost equal."""
-    monkeypatch.setattr("sae.autoencoder.gradients.AUXK_DENSE_RATIO", ratio)
+    monkeypatch.setattr("sae.autoencoder.revive.AUXK_DENSE_RATIO", ratio)
     sae, x, dead = crowded()
     auxk = AuxK(1.0, k_aux)
     expected = loss_and_gradients(sae, x, 0, dead, kernels=pick("cpu", "reference"), auxk=auxk)
@@ -168,7 +169,7 @@ def test_exactly_k_dead_latents_per_token_take_part_in_auxk(kernels, ratio, k_au
 @pytest.mark.parametrize("batch", [1, 2])
 def test_auxk_of_a_residual_without_variance_is_zero(kernels, ratio, batch, monkeypatch):
     """One token, or the same one twice: there is no variance to divide by."""
-    monkeypatch.setattr("sae.autoencoder.gradients.AUXK_DENSE_RATIO", ratio)
+    monkeypatch.setattr("sae.autoencoder.revive.AUXK_DENSE_RATIO", ratio)
     sae, x, dead = crowded()
     x = x[:1].repeat(batch, 1)
     plain = loss_and_gradients(sae, x, 0, None, kernels=pick("cpu", kernels))
