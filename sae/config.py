@@ -263,14 +263,14 @@ class BenchConfig:
 
     peers: list[str] = field(default_factory=lambda: ["sae-lens", "sparsify", "dictionary_learning", "reference"])
     peers_env: str = ".venv-peers"  # the environment that holds the foreign ones; `make peers` makes it
-    models: list[str] = field(default_factory=lambda: ["organism"])  # suite quality: whose activations are learned
-    text: str = ""  # suite quality: what the models other than the organism read
+    models: list[str] = field(default_factory=lambda: ["organism"])  # quality, rates: whose activations are learned
+    text: str = ""  # quality, rates: what the models other than the organism read
     threads: int = 2
     repeats: int = 7  # turns each contestant takes
     turn_steps: int = 3  # timed steps in a turn
     warmup_steps: int = 4  # steps before the first turn
-    steps: int = 2_000  # suite quality: training steps
-    seeds: int = 3  # suite quality: seeds of each contestant
+    steps: int = 2_000  # quality, memory, rates (which takes a quarter of them, too): training steps
+    seeds: int = 3  # quality, rates: seeds of each contestant
     quick: bool = False  # toy sizes, to see that everything works
     docs: bool = False  # write docs/benchmarks.md and .json from the newest results
 

@@ -4,6 +4,7 @@ import importlib
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -138,10 +139,13 @@ def _train_row(row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _quality_row(row: Mapping[str, Any]) -> dict[str, Any]:
-    def fvu(who: str) -> str:
-        return f"{row[f'fvu_{who}']:.4f} [{row[f'fvu_low_{who}']:.4f}, {row[f'fvu_high_{who}']:.4f}]"
+def _fvu(row: Mapping[str, Any], who: str = "") -> str:
+    """The mean over the seeds and its extremes in one cell."""
+    mean, low, high = (f"{row[f'fvu{end}{who}']:.4f}" for end in ("", "_low", "_high"))
+    return f"{mean} [{low}, {high}]"
 
+
+def _quality_row(row: Mapping[str, Any]) -> dict[str, Any]:
     rate = "default" if row["lr_peer"] is None else format_cell(row["lr_peer"])
     return {
         "data": row["data"],
@@ -149,13 +153,28 @@ def _quality_row(row: Mapping[str, Any]) -> dict[str, Any]:
         "size": _size(row),
         "peer": row["peer"] if row["peer"].startswith("control") else f"{row['peer']} {row['version_peer']}",
         "learning rate": rate,
-        "FVU ours": fvu("ours"),
-        "FVU peer": fvu("peer"),
+        "FVU ours": _fvu(row, "_ours"),
+        "FVU peer": _fvu(row, "_peer"),
         "peer / ours": f"{row['ratio']:.3f}",
         "L0 ours": row["l0_ours"],
         "L0 peer": row["l0_peer"],
         "dead ours": row["dead_ours"],
         "dead peer": row["dead_peer"],
+    }
+
+
+def _rates_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "data": row["data"],
+        "architecture": row["architecture"],
+        "size": _size(row),
+        "steps": row["n_steps"],
+        "times the default": str(Fraction(row["multiple"])),
+        "learning rate": row["lr"],
+        "FVU": _fvu(row),
+        "FVU / default's": f"{row['ratio']:.3f}",
+        "L0": row["l0"],
+        "dead": row["dead"],
     }
 
 
@@ -172,7 +191,7 @@ def _cuda_row(row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-_SHOWN = {"train": _train_row, "quality": _quality_row, "cuda": _cuda_row}
+_SHOWN = {"train": _train_row, "quality": _quality_row, "rates": _rates_row, "cuda": _cuda_row}
 
 
 def _empty_cuda() -> str:

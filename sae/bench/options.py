@@ -22,9 +22,9 @@ class BenchOptions:
     peers_env: str = ".venv-peers"
     """Folder of the environment that holds them."""
     models: tuple[str, ...] = ("organism",)
-    """Suite `quality`: language models whose activations are learned; paths that are not there are skipped."""
+    """Suites `quality` and `rates`: language models whose activations are learned; what is not there is skipped."""
     text: str = ""
-    """Suite `quality`: the text read by the models other than the organism."""
+    """Suites `quality` and `rates`: the text read by the models other than the organism."""
     threads: int = 2
     """Torch threads of every process."""
     repeats: int = 7
@@ -34,9 +34,9 @@ class BenchOptions:
     warmup_steps: int = 4
     """Steps before the first turn, not counted."""
     steps: int = 2_000
-    """Suite `quality`: training steps."""
+    """Suites `quality`, `rates` and `memory`: training steps; `rates` takes a quarter of them, too."""
     seeds: int = 3
-    """Suite `quality`: seeds of each contestant."""
+    """Suites `quality` and `rates`: seeds of each contestant."""
     quick: bool = False
     """Toy sizes: does everything work? The figures mean nothing."""
 

@@ -11,6 +11,7 @@ from sae.errors import unknown
 SUITES = {
     "train": "one training step beside the peers'",
     "quality": "what is learned in the same number of steps, on real activations",
+    "rates": "what is learned at multiples of the default learning rate, on real activations",
     "grid": "twelve SAEs from one live stream against twelve alone",
     "harvest": "running the language model and writing the store",
     "store": "reading the store",

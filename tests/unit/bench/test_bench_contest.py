@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from sae.bench import contest, cuda, suites, train
+from sae.bench import contest, cuda, learning, rates, suites, train
 from sae.bench.contest import Case, Outcome, compare, summarise
 from sae.bench.data import synthetic
+from sae.bench.learning import Learned
 from sae.bench.options import BenchOptions
 from sae.bench.process import Contestant
 from sae.errors import UserError
@@ -54,6 +55,24 @@ def test_cases_follow_the_peers_that_are_asked_for():
     assert {case.d_in for case, _ in train.cases(BenchOptions(quick=True))} == {32, 48}
 
 
+def test_rates_are_tried_for_a_quarter_of_the_steps_and_for_all():
+    assert rates.lengths(BenchOptions()) == [500, 2_000]
+    assert rates.lengths(BenchOptions(steps=1)) == [1]
+    assert rates.lengths(BenchOptions(quick=True)) == [5, 20]
+
+
+def test_a_figure_over_seeds_is_their_mean_and_extremes():
+    found = learning.over_seeds([Learned(fvu, l0, dead, {}) for fvu, l0, dead in ((0.1, 4, 0), (0.4, 5, 0.5))])
+    assert found == {
+        "fvu": pytest.approx(0.25), "fvu_by_seed": [0.1, 0.4], "fvu_low": 0.1, "fvu_high": 0.4, "l0": 4.5, "dead": 0.25
+    }  # fmt: skip
+
+
+def test_a_model_without_text_is_skipped_with_a_sentence(tmp_path, capsys):
+    assert list(learning.tasks("rates", tmp_path, BenchOptions(models=("another",)))) == []
+    assert "bench rates: 'another' is skipped, since bench.text= names no text" in capsys.readouterr().out
+
+
 def test_suites_are_found_by_name(monkeypatch):
     assert suites.pick("all")[0] == "train"
     assert suites.pick("grid") == ["grid"]
@@ -61,7 +80,7 @@ def test_suites_are_found_by_name(monkeypatch):
         suites.pick("tran")
     monkeypatch.setitem(suites.SUITES, "none", "a suite that is not there")
     assert suites.load("none") is None
-    for name in ("train", "quality", "grid", "cuda"):
+    for name in ("train", "quality", "rates", "grid", "cuda"):
         found = suites.load(name)
         assert callable(found.run)
         assert found.columns

@@ -68,6 +68,18 @@ def test_the_page_has_the_figures_and_where_they_come_from(results, tmp_path):
     assert len({line.count("|") for line in table}) == 1
 
 
+def test_a_rate_is_shown_as_a_multiple_with_the_spread_of_its_fvu(results, tmp_path):
+    folder, save = results
+    row = {key: ROW[key] for key in ("architecture", "d_in", "d_sae", "k", "batch_tokens")} | {
+        "data": "organism", "n_steps": 500, "multiple": 0.25, "lr": 0.001, "fvu": 0.5, "fvu_low": 0.4, "fvu_high": 0.75,
+        "ratio": 1.25, "l0": 16.0, "dead": 0.1,
+    }  # fmt: skip
+    save("rates", [row])
+    page = document.write(folder, tmp_path / "docs").read_text()
+    assert "| 500 | 1/4 | 0.001 | 0.5000 [0.4000, 0.7500] | 1.250 | 16 | 0.1 |" in page
+    assert "Whether the default learning rate is near the best" in page
+
+
 def test_figures_of_another_machine_stay_until_there_are_new_ones(results, tmp_path):
     folder, save = results
     save("cuda", [CUDA_ROW])

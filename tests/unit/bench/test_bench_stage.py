@@ -5,8 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from sae.bench.options import PEERS
+from sae.bench import learning, rates
+from sae.bench.options import PEERS, BenchOptions
+from sae.bench.process import OUR_DEFAULT, workers
 from sae.cli import main
+from sae.report.progress import Progress
+from sae.train.optim import default_lr
 
 ROOT = Path(__file__).resolve().parents[3]
 SHORT = ["name=b", "bench.quick=true", "bench.repeats=1", "bench.turn_steps=1", "bench.warmup_steps=1"]
@@ -77,6 +81,32 @@ def test_suite_quality_beside_the_reference_and_the_controls(bench, tmp_path):
     assert "fvu_ours" in out
 
 
+def test_suite_rates_stands_multiples_beside_the_rate_that_training_takes(bench, tmp_path):
+    status, out, err = bench("suite=rates", "bench.peers=[]", "bench.seeds=1", "bench.docs=true")
+    assert status == 0, err
+    folder = tmp_path / "runs" / "b" / "bench"
+    rows = json.loads((folder / "result.json").read_text())["rows"]
+    found = {(row["architecture"], row["n_steps"], row["multiple"]): row for row in rows}
+    architectures, lengths = learning.ARCHITECTURES, (5, 20)
+    assert list(found) == [(a, n, m) for a in architectures for n in lengths for m in rates.MULTIPLES]
+    assert len(rows) == len(found) == 3 * 2 * 5
+    for (architecture, n_steps, multiple), row in found.items():
+        assert row["lr"] == pytest.approx(multiple * default_lr(row["d_in"], row["d_sae"], n_steps))
+        assert row["ratio"] == pytest.approx(row["fvu"] / found[architecture, n_steps, 1]["fvu"])
+    # So few steps at a quarter of the rate get nowhere near.
+    assert all(found[architecture, 20, 0.25]["ratio"] > 1.1 for architecture in architectures)
+    # What is called the default is what an SAE takes that is told no rate.
+    options = BenchOptions(quick=True, seeds=1)
+    task = next(learning.tasks("rates", tmp_path / "data", options))
+    with workers([OUR_DEFAULT], options) as alive, Progress(20, "test") as bar:
+        plain = learning.learn(alive[OUR_DEFAULT], OUR_DEFAULT, task, options, n_steps=20, lr=None, seed=0, bar=bar)
+    row = found["topk", 20, 1]
+    assert (row["fvu"], row["l0"]) == pytest.approx((plain.fvu, plain.l0), rel=1e-6)
+    assert not (folder / "data").exists()
+    assert "sae bench suite=rates name=b" in (tmp_path / "docs" / "benchmarks.md").read_text()
+    assert "multiple" in out
+
+
 def test_without_peers_or_a_gpu_it_says_so(bench, tmp_path):
     status, _, err = bench("suite=train")
     assert status == 2
@@ -84,7 +114,7 @@ def test_without_peers_or_a_gpu_it_says_so(bench, tmp_path):
     assert "bench.peers=[]" in err
     status, _, err = bench("suite=everything")
     assert status == 2
-    assert "train, quality, grid, harvest, store, memory, density, profile, cuda, all" in err
+    assert "train, quality, rates, grid, harvest, store, memory, density, profile, cuda, all" in err
     import torch
 
     if not torch.cuda.is_available():
