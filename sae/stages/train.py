@@ -9,6 +9,7 @@ import contextlib
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -231,13 +232,14 @@ def _train(
 
 
 def _write_result(folder: Path, result: TrainResult) -> None:
-    saes = [
+    saes: list[dict[str, Any]] = [
         {
             "hook_name": item.spec.hook_name,
             "d_sae": item.spec.d_sae,
             "architecture": item.spec.architecture,
             "l0_target": item.spec.l0,
             "seed": item.spec.seed,
+            "control": item.spec.control or NO_CONTROL,
             "path": str(item.folder),
             "final": {"l0": item.l0, "fvu": item.fvu, "n_dead": item.n_dead},
         }
@@ -253,11 +255,10 @@ def _write_result(folder: Path, result: TrainResult) -> None:
             "wall_s": round(result.seconds, 2),
         },
     )
-    rows = [
-        [item.spec.hook_name, item.spec.architecture, item.spec.d_sae, item.l0, item.fvu, item.n_dead]
-        for item in result.saes
-    ]
-    print(summary_table(rows, ["hook_name", "architecture", "d_sae", "l0", "fvu", "n_dead"]))
+    rows = [record | record["final"] for record in saes]
+    columns = ["hook_name", "architecture", "d_sae", "l0", "fvu", "n_dead"]
+    columns += ["control"] if any(item.spec.control for item in result.saes) else []
+    print(summary_table(rows, columns))
     print(f"{folder}: {len(rows)} SAEs on {result.n_tokens:,} tokens in {result.seconds:.1f} s")
 
 

@@ -8,6 +8,7 @@ import torch
 from sae.autoencoder.sae import CONFIG_FILE, SAE, WEIGHTS_FILE, SAEConfig
 from sae.errors import UserError
 from sae.files import sha256_file
+from sae.train.controls import TRAINED
 from sae.train.grid import SAESpec
 
 
@@ -34,15 +35,25 @@ def check_starts(start: str, specs: Sequence[SAESpec], widths: Mapping[str, int]
         widths: of the activations at their hook points, by name.
 
     Raises:
-        UserError: naming the file, or what differs.
+        UserError: naming the file, or what differs; or a control, which is to keep what was drawn.
     """
     found: dict[Path, SAEConfig] = {}
     for spec in specs:
         folder = start_folder(start, spec)
         if folder is not None:
+            _check_no_control(start, spec)
             if folder not in found:
                 found[folder] = SAE.load(folder).config
             check_alike(spec.config(widths, {}), found[folder])
+
+
+def _check_no_control(start: str, spec: SAESpec) -> None:
+    """A control is about what a random dictionary reaches, so it must not begin with a trained one."""
+    if spec.control != TRAINED:
+        raise UserError(
+            f"the control {spec.control!r} keeps weights as they were drawn at random, but train.start={start!r} would "
+            "replace them by trained ones: leave out sae.control, or train the controls in a run without train.start."
+        )
 
 
 def check_alike(ours: SAEConfig, theirs: SAEConfig) -> None:

@@ -322,6 +322,21 @@ def test_transcoders_crosscoders_and_controls_go_all_the_way(sae):
     assert "blocks.7.hook_mlp_out" in err
 
 
+def test_training_says_which_saes_are_controls(sae):
+    one = ("name=two", "harvest.hook_names=[blocks.0.hook_resid_post]", "sae.d_sae=[32]")
+    for controls, shown in (("none", None), ("none,frozen_encoder", ["none", "frozen_encoder"])):
+        status, out, err = sae("train", *one, f"sae.control=[{controls}]", "force=true")
+        assert status == 0, err
+        saes = read(sae.folder / "two" / "train" / "result.json")["saes"]
+        assert [entry["control"] for entry in saes] == controls.split(",")
+        lines = [line.split() for line in out.splitlines()]
+        header = next(words for words in lines if words[:1] == ["hook_name"])
+        assert header == ["hook_name", "architecture", "d_sae", "l0", "fvu", "n_dead", *(["control"] if shown else [])]
+        if shown:
+            rows = [words for words in lines if words[:2] == ["blocks.0.hook_resid_post", "topk"]]
+            assert [words[-1] for words in rows] == shown
+
+
 def test_ground_truth_is_measured_on_worlds(sae, monkeypatch):
     """The stage on one world for a moment; what SAEs reach there is tested elsewhere."""
     from sae.evals import worlds

@@ -172,6 +172,10 @@ def test_what_cannot_be_gone_on_from_is_refused_before_any_text_is_read(sae):
         (["sae.architecture=[relu]"], "has architecture = 'topk'"),
         ([f'sae.sites=["{HOOK}->blocks.1.hook_mlp_out"]', "harvest.hook_names=[]"], "is a sae, not a transcoder"),
         (["train.start=nowhere"], "nowhere"),
+        (
+            ["sae.control=[none,soft_frozen_decoder]"],
+            "the control 'soft_frozen_decoder' keeps weights as they were drawn",
+        ),
         (["plan=true", "sae.d_sae=[64]"], "has d_sae = 32"),
     ):
         status, _, err = sae("train", "name=tuned", *ONE, f"train.start={base}", *changes)

@@ -9,6 +9,7 @@ from train_toys import HOOK, ToyStream, unit_rows
 from sae.autoencoder.sae import SAE, make
 from sae.errors import UserError
 from sae.evals.reconstruction import ReconstructionMeter
+from sae.train.controls import FROZEN, TRAINED
 from sae.train.grid import SAESpec, grid
 from sae.train.settings import TrainSettings
 from sae.train.start import check_starts
@@ -76,6 +77,20 @@ def test_bad_starts_are_refused_and_leave_nothing(tmp_path):
         with pytest.raises(UserError, match=message):
             train(world(), [other], replace(SHORT, start=start), folder, lm_name="toy")
         assert not list(folder.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("control", [name for name in FROZEN if name != TRAINED])
+def test_a_control_does_not_begin_with_a_trained_dictionary(control, tmp_path):
+    """Else what it keeps would be learned: its figures would be no control's."""
+    spec = SAESpec(HOOK, "topk", 48, 4, 0)
+    start = tmp_path / "a" / spec.folder
+    make(spec.config({HOOK: 32}, {})).save(start)
+    check_starts(str(start), [spec], {HOOK: 32})
+    beside = [spec, replace(spec, control=control)]
+    with pytest.raises(UserError, match=rf"the control '{control}' keeps .* leave out sae\.control"):
+        train(world(), beside, replace(SHORT, start=str(start)), tmp_path / "b", lm_name="toy")
+    assert not list((tmp_path / "b").rglob("*.*"))
+    check_starts("", beside, {HOOK: 32})
 
 
 def test_another_start_is_another_run(tmp_path):
