@@ -64,7 +64,8 @@ def t1() -> World:
 
 def t2() -> World:
     """32 features of unequal frequency in 28 dimensions; features 1 to 7 fire only where feature 0 does."""
-    directions = spread(32, 28, torch.Generator().manual_seed(2), n_steps=200, lr=0.01)
+    # SAEs draw their first rows as this does: from a seed of theirs, one would begin with the truth.
+    directions = spread(32, 28, torch.Generator().manual_seed(2_002), n_steps=200, lr=0.01)
     tree = Tree.of(32, {0: list(range(1, 8))})
     return World("t2", directions, zipf(32, 1.2, 0.25, 0.01), torch.ones(32), torch.full((32,), 0.3), tree=tree)
 
@@ -112,6 +113,8 @@ def synth_sae_bench(name: str, n_features: int, d_in: int, n_roots: int, seed: i
     Zipf firing (exponent .5, from .4 to 5e-4), trees of depth 3 with 4 children each that exclude each other and are
     scaled by their parent, rank-25 correlations of scale .1, directions spread by 100 steps at 3e-4, means from 5 to
     4, folded normal spreads, a bias of norm .5.
+
+    An SAE whose seed is that of the world begins with its directions, since both draw them first: give it another.
     """
     tree = Tree.forest(n_features, n_roots, branching=4, depth=3)
     # Drawn in the order and from the seeds of SAELens, so that a seed makes the same world there (on its CPU) and here.

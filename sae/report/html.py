@@ -8,7 +8,6 @@ collapsed until they are clicked, and `redact=True` leaves them out.
 """
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,23 +18,19 @@ from markupsafe import Markup
 
 from sae.files import write_text
 from sae.report import findings, plots
-from sae.report.model import Behavior, Rate, ReportData, SaeRow
+from sae.report.compared import comparison_view
+from sae.report.grid import counted, grid_view
+from sae.report.model import Behavior, Rate, ReportData
 from sae.report.progress import format_time
 from sae.report.read import read_run
 from sae.report.related import relations_view
-from sae.report.svg import DASH, MINUS, PLOT_CSS, PLOT_CSS_DARK, number, percent
+from sae.report.svg import DASH, PLOT_CSS, PLOT_CSS_DARK, number, percent
 from sae.report.values import as_dict
 
 HERE = Path(__file__).parent
 MAX_EXAMPLES = 40  # of one behaviour
 MAX_RANKED = 25
-MAX_HISTOGRAMS = 12
 
-CURVES = (
-    ("fvu", "FVU (share of variance unexplained)"),
-    ("l0", "L0 (active latents per token)"),
-    ("dead_fraction", "share of dead latents"),
-)
 RATE_LABELS = {
     "base": "before",
     "ablate": "ablated",
@@ -105,6 +100,7 @@ def render_report(data: ReportData, *, redact: bool = False) -> str:
         behaviors=[behavior_view(b, redact=redact) for b in data.behaviors],
         grid=grid_view(data),
         relations=relations_view(data),
+        comparison=comparison_view(data.comparison),
         gates=gate_view(data),
         provenance=provenance_view(data),
         snippet=loading_snippet(data),
@@ -135,70 +131,13 @@ def overview(data: ReportData) -> dict[str, Any]:
     facts = [
         ("Language model", data.lm),
         ("Text", text),
-        ("Autoencoders", str(len(data.saes)) if data.saes else ""),
+        ("Autoencoders", counted(data.saes)),
         ("Hook points", ", ".join(map(plots.short_hook, hooks))),
         ("Dictionary sizes", ", ".join(f"{size:,}" for size in sizes)),
         ("Training tokens", number(data.tokens) if data.tokens else ""),
         ("Wall time", format_time(sum(walls)) if walls else ""),
     ]
     return {"facts": [(name, value) for name, value in facts if value]}
-
-
-def grid_view(data: ReportData) -> dict[str, Any]:
-    """Return the autoencoder table and its figures."""
-    rows = sorted(data.saes, key=lambda s: (plots.natural(s.hook_name), s.d_sae or 0, s.l0_target or 0, s.seed or 0))
-    columns: list[tuple[str, str, Callable[[SaeRow], str]]] = [
-        ("L0", "mean active latents per token", lambda s: _fixed(s.l0, 1)),
-        ("FVU", "share of variance unexplained", lambda s: _fixed(s.fvu, 3)),
-        ("cosine", "between input and reconstruction", lambda s: _fixed(s.cosine, 3)),
-        ("dead", "latents that stay silent", lambda s: percent(s.dead_fraction)),
-        ("CE recovered", "1 = as good as the clean model, 0 = zero ablation", lambda s: _fixed(s.ce_recovered, 3)),
-        ("ΔCE", "cross entropy added by splicing in the reconstruction, nats", lambda s: _fixed(s.delta_ce, 4)),
-        ("KL", "from the clean model's predictions, nats", lambda s: _fixed(s.kl, 4)),
-    ]
-    shown = [column for column in columns if any(column[2](row) != DASH for row in rows)]
-    table = [{"sae": row, "cells": [read(row) for _, _, read in shown], "best": _is_best(row, rows)} for row in rows]
-    names = {key.rpartition("/")[2] for record in data.curves for key in record}
-    with_density = [row for row in rows if row.density_counts]
-    one_l0 = plots.one_l0(rows)
-    return {
-        "columns": [(name, hint) for name, hint, _ in shown],
-        "rows": table,
-        "figure": Markup(plots.fvu_size(rows) if one_l0 else plots.fvu_l0(rows)),
-        "figure_title": "Reconstruction against dictionary size." if one_l0 else "Reconstruction against sparsity.",
-        "curves": [
-            (label, Markup(plots.training_curves(data.curves, metric, label)))
-            for metric, label in CURVES
-            if metric in names
-        ],
-        "histograms": [
-            (
-                sae_label(row),
-                Markup(plots.density_histogram(row.density_edges, row.density_counts, sae_label(row))),
-            )
-            for row in with_density[:MAX_HISTOGRAMS]
-        ],
-        "hidden_histograms": max(0, len(with_density) - MAX_HISTOGRAMS),
-    }
-
-
-def sae_label(row: SaeRow) -> str:
-    """Name an autoencoder briefly."""
-    parts = [plots.short_hook(row.hook_name), row.architecture, str(row.d_sae or "")]
-    if row.l0_target is not None:
-        parts.append(f"L0 {number(row.l0_target)}")
-    return " · ".join([part for part in parts if part] + ([f"seed {row.seed}"] if row.seed else []))
-
-
-def _fixed(value: float | None, digits: int) -> str:
-    """Format a table column: the same number of decimals in every row."""
-    return DASH if value is None else f"{value:,.{digits}f}".replace("-", MINUS)
-
-
-def _is_best(row: SaeRow, rows: Sequence[SaeRow]) -> bool:
-    """Tell whether a row has the lowest FVU of its hook point."""
-    peers = [other.fvu for other in rows if other.hook_name == row.hook_name and other.fvu is not None]
-    return len(peers) > 1 and row.fvu is not None and row.fvu == min(peers)
 
 
 def _effect_columns(behavior: Behavior) -> list[str]:

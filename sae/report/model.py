@@ -15,6 +15,18 @@ class Rate:
 
 
 @dataclass(frozen=True)
+class SourceRow:
+    """One hook point of a crosscoder, and what splicing does to its model."""
+
+    hook_name: str
+    lm: str
+    fvu: float | None
+    ce_recovered: float | None
+    delta_ce: float | None
+    kl: float | None
+
+
+@dataclass(frozen=True)
 class SaeRow:
     """One autoencoder: how it was trained, and what the evaluation measured (or the last training values)."""
 
@@ -37,6 +49,16 @@ class SaeRow:
     n_tokens: int | None = None
     density_edges: list[float] = field(default_factory=list)
     density_counts: list[float] = field(default_factory=list)
+    control: str = ""  # what it was not allowed to learn
+    before_training: bool = False  # whether it is what others were trained from
+    sources: list[SourceRow] = field(default_factory=list)
+
+    @property
+    def standing(self) -> list[str]:
+        """What tells it from a trained autoencoder of this run; empty for those."""
+        return ([f"control: {self.control.replace('_', ' ')}"] if self.control else []) + (
+            ["before training"] if self.before_training else []
+        )
 
 
 @dataclass(frozen=True)
@@ -224,6 +246,60 @@ class Relations:
 
 
 @dataclass(frozen=True)
+class Exclusive:
+    """Latents of a crosscoder that are one model's by their norms."""
+
+    by_norm: int | None
+    shrunk: int | None
+    decoupled: int | None
+    confirmed: int | None
+
+
+@dataclass(frozen=True)
+class LoneLatent:
+    """A latent near to being one model's alone."""
+
+    latent: int
+    relative_norm: float | None
+    nu_error: float | None
+    nu_reconstruction: float | None
+    n_fired: int | None
+    verdict: str
+
+
+@dataclass(frozen=True)
+class CrossedRow:
+    """What one crosscoder says of two models."""
+
+    hook_name: str
+    architecture: str
+    d_sae: int | None
+    l0_target: float | None
+    seed: int | None
+    control: str
+    path: str
+    n_tokens: int | None
+    shared: int | None
+    between: int | None
+    rare: int | None
+    first_only: Exclusive
+    pair_only: Exclusive
+    first_latents: list[LoneLatent]
+    pair_latents: list[LoneLatent]
+    norm_counts: list[int]  # of judged latents, by relative norm from 0 to 1; empty where they are not on disk
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What crosscoders say of two language models; empty where that was not measured."""
+
+    first: str = ""
+    pair: str = ""
+    thresholds: dict[str, float] = field(default_factory=dict)
+    crosscoders: list[CrossedRow] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class GateRow:
     """The organism under one combination of gates."""
 
@@ -251,6 +327,7 @@ class ReportData:
     evaluated: bool = False
     behaviors: list[Behavior] = field(default_factory=list)
     relations: Relations = field(default_factory=Relations)
+    comparison: Comparison = field(default_factory=Comparison)
     gates: list[GateRow] = field(default_factory=list)
     probe_auroc: dict[str, float] = field(default_factory=dict)
     curves: list[dict[str, Any]] = field(default_factory=list)

@@ -6,15 +6,14 @@ a description.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from sae.report.findings import quantile
-from sae.report.model import Dose, Ranked, Rate, SaeRow
+from sae.report.model import Dose, Ranked, Rate
 from sae.report.svg import (
     DASHES,
-    MARKERS,
     N_COLOURS,
     Figure,
     Key,
@@ -35,11 +34,24 @@ PERCENT_TICKS = [(share, f"{100 * share:.0f}%") for share in (0.0, 0.25, 0.5, 0.
 
 
 def short_hook(hook_name: str) -> str:
-    """Shorten a TransformerLens hook name: `blocks.2.hook_resid_post` becomes `L2 resid_post`."""
-    parts = hook_name.split(".")
+    """Shorten TransformerLens hook names: `blocks.2.hook_resid_post` becomes `L2 resid_post`.
+
+    Of a transcoder or crosscoder each part is: `blocks.2.hook_resid_post+pair.blocks.2.hook_resid_post` becomes
+    `L2 resid_post + pair L2 resid_post`.
+    """
+    parts = re.split(r"(->|\+)", hook_name)
+    joins = {"->": " → ", "+": " + "}
+    return "".join(joins.get(part) or _short(part) for part in parts)
+
+
+def _short(name: str) -> str:
+    """Shorten one hook point, maybe of the second model."""
+    place = name.removeprefix("pair.")
+    parts = place.split(".")
     if len(parts) >= 3 and parts[0] == "blocks" and parts[1].isdigit():
-        return f"L{parts[1]} {'.'.join(parts[2:]).replace('hook_', '')}"
-    return hook_name
+        place = f"L{parts[1]} {'.'.join(parts[2:]).replace('hook_', '')}"
+        return place if len(name) == len(".".join(parts)) else f"pair {place}"
+    return name
 
 
 def natural(name: str) -> list[tuple[int, str]]:
@@ -54,84 +66,9 @@ def empty(title: str, width: float = WIDTH) -> str:
     return figure.render(title, "No data.")
 
 
-def _colour(index: int) -> int:
+def colour(index: int) -> int:
     """Return the colour class of a series."""
     return index % N_COLOURS + 1
-
-
-def fvu_l0(saes: Sequence[SaeRow]) -> str:
-    """Draw reconstruction error against sparsity: a colour per hook point, a marker per dictionary size."""
-    title = "Reconstruction error (FVU) against sparsity (L0)"
-    rows = [s for s in saes if is_finite(s.l0) and is_finite(s.fvu)]
-    if not rows:
-        return empty(title)
-    hooks = sorted({s.hook_name for s in rows}, key=natural)
-    sizes = sorted({s.d_sae or 0 for s in rows})
-    figure = Figure(WIDTH, 330)
-    keys = [Key(short_hook(h) or "?", _colour(i)) for i, h in enumerate(hooks)]
-    keys += [Key(f"d_sae {d}", 0, marker=MARKERS[i % len(MARKERS)]) for i, d in enumerate(sizes)]
-    figure.legend(keys)
-    figure.height = figure.top + 280
-    l0s, fvus = finite(s.l0 for s in rows), finite(s.fvu for s in rows)
-    x = make_scale(l0s, figure.left, figure.x1, log=min(l0s) > 0 and max(l0s) > 6 * min(l0s), pad=0.08)
-    y = make_scale(fvus, figure.y1, figure.top, log=min(fvus) > 0 and max(fvus) > 12 * min(fvus), zero=True, pad=0.1)
-    figure.axes(x, y, "L0: mean active latents per token", "FVU (lower is better)")
-    groups: dict[tuple[str, int, str, int], list[tuple[float, float, SaeRow]]] = {}
-    for row, l0, fvu in zip(rows, l0s, fvus, strict=True):
-        groups.setdefault((row.hook_name, row.d_sae or 0, row.architecture, row.seed or 0), []).append((l0, fvu, row))
-        figure.occupy(x(l0), y(fvu), 8)
-    for (hook, _, _, _), group in groups.items():
-        line = [(x(l0), y(fvu)) for l0, fvu, _ in sorted(group, key=lambda point: point[:2])]
-        if len(line) > 1:
-            figure.path(line, cls=f"line thin soft k{_colour(hooks.index(hook))}")
-    for (hook, size, architecture, _), group in groups.items():
-        for l0, fvu, row in group:
-            name = f"{short_hook(hook)}, {architecture} d_sae {size}, seed {row.seed}"
-            cls = f"dot k{_colour(hooks.index(hook))}"
-            hover = f"{name}: L0 {number(l0)}, FVU {number(fvu)}"
-            figure.marker(x(l0), y(fvu), MARKERS[sizes.index(size) % len(MARKERS)], cls=cls, hover=hover)
-    if len(rows) <= 24:
-        for (_, size, _, _), group in groups.items():
-            last = max(group, key=lambda point: point[0])
-            figure.label_near(x(last[0]), y(last[1]), str(size))
-    best = min(zip(fvus, l0s, rows, strict=True), key=lambda found: found[0])
-    about = f"{len(rows)} autoencoders; lowest FVU {number(best[0])} at L0 {number(best[1])}, "
-    about += f"{best[2].hook_name}."
-    return figure.render(title, about)
-
-
-def fvu_size(saes: Sequence[SaeRow]) -> str:
-    """Draw reconstruction error against dictionary size, for a grid of one L0: a line per hook point."""
-    title = "Reconstruction error (FVU) against dictionary size"
-    rows = [s for s in saes if s.d_sae and is_finite(s.fvu)]
-    if not rows:
-        return empty(title)
-    hooks = sorted({s.hook_name for s in rows}, key=natural)
-    figure = Figure(WIDTH, 330)
-    figure.legend([Key(short_hook(h) or "?", _colour(i)) for i, h in enumerate(hooks)])
-    figure.height = figure.top + 280
-    sizes, fvus = finite(s.d_sae for s in rows), finite(s.fvu for s in rows)
-    x = make_scale(sizes, figure.left, figure.x1, log=True, pad=0.08)
-    y = make_scale(fvus, figure.y1, figure.top, zero=True, pad=0.1)
-    ticks = [(size, number(size)) for size in sorted(set(sizes))]
-    figure.axes(x, y, "d_sae: latents in the dictionary", "FVU (lower is better)", x_ticks=ticks)
-    lines: dict[tuple[str, str, int], list[tuple[float, float]]] = {}
-    for row, size, fvu in zip(rows, sizes, fvus, strict=True):
-        lines.setdefault((row.hook_name, row.architecture, row.seed or 0), []).append((size, fvu))
-    for (hook, architecture, seed), points in lines.items():
-        colour = _colour(hooks.index(hook))
-        figure.path([(x(size), y(fvu)) for size, fvu in sorted(points)], cls=f"line thin soft k{colour}")
-        for size, fvu in points:
-            hover = f"{short_hook(hook)}, {architecture} d_sae {number(size)}, seed {seed}: FVU {number(fvu)}"
-            figure.marker(x(size), y(fvu), MARKERS[0], cls=f"dot k{colour}", hover=hover)
-    best = min(zip(fvus, sizes, strict=True))
-    return figure.render(title, f"{len(rows)} autoencoders; lowest FVU {number(best[0])} at d_sae {number(best[1])}.")
-
-
-def one_l0(saes: Sequence[SaeRow]) -> bool:
-    """Tell whether a grid has several sizes at a single L0, so that L0 is no axis."""
-    l0s = finite(s.l0 for s in saes if is_finite(s.l0))
-    return bool(l0s) and max(l0s) <= 1.05 * min(l0s) and len({s.d_sae for s in saes if s.d_sae}) > 1
 
 
 def density_histogram(edges: Sequence[float], counts: Sequence[float], label: str = "") -> str:
@@ -399,8 +336,18 @@ def _thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return [points[round(i * stride)] for i in range(MAX_POINTS)]
 
 
-def training_curves(records: Sequence[Mapping[str, Any]], metric: str, label: str, limit: int = 60) -> str:
-    """Draw one metric over the training steps: a colour per hook point, a dash per dictionary size."""
+def training_curves(
+    records: Sequence[Mapping[str, Any]], metric: str, label: str, limit: int = 60, controls: Container[str] = ()
+) -> str:
+    """Draw one metric over the training steps: a colour per hook point, a dash per dictionary size.
+
+    Args:
+        records: the lines of `metrics.jsonl`.
+        metric: the last part of a key.
+        label: what the metric is called.
+        limit: curves drawn.
+        controls: folder names of autoencoders that are controls, whose curves are faint.
+    """
     title = f"Training: {label}"
     series = _curves(records, metric)
     if not series:
@@ -410,9 +357,11 @@ def training_curves(records: Sequence[Mapping[str, Any]], metric: str, label: st
     hooks = sorted({hook for hook, _ in kinds.values()}, key=natural)
     sizes = sorted({size for _, size in kinds.values()}, key=lambda size: (len(size), size))
     figure = Figure(WIDTH, 330)
-    keys = [Key(short_hook(hook) or "all", _colour(i)) for i, hook in enumerate(hooks)]
+    keys = [Key(short_hook(hook) or "all", colour(i)) for i, hook in enumerate(hooks)]
     if len(sizes) > 1:
         keys += [Key(f"d_sae {size or '?'}", 0, DASHES[i % len(DASHES)]) for i, size in enumerate(sizes)]
+    if any(_folder(name) in controls for name in names):
+        keys.append(Key("faint: control", 0, marker="none"))
     if len(series) > limit:
         keys.append(Key(f"{len(series) - limit} more are not drawn", 0, marker="none"))
     figure.legend(keys)
@@ -425,7 +374,7 @@ def training_curves(records: Sequence[Mapping[str, Any]], metric: str, label: st
     for name in names:
         hook, size = kinds[name]
         line = [(x(step), y(value)) for step, value in series[name]]
-        cls = f"line thin k{_colour(hooks.index(hook))}"
+        cls = f"line thin k{colour(hooks.index(hook))}" + (" faint" if _folder(name) in controls else "")
         figure.path(line, cls=cls, dash=DASHES[sizes.index(size) % len(DASHES)], hover=name)
     ends = ", ".join(f"{name} {number(series[name][-1][1])}" for name in names[:12])
     return figure.render(title, f"Last values: {ends}.")
@@ -436,3 +385,8 @@ def _kind(name: str) -> tuple[str, str]:
     hook, _, rest = name.rpartition("/")
     found = re.search(r"-(\d+)(?:-|$)", rest)
     return hook, found.group(1) if found else ""
+
+
+def _folder(name: str) -> str:
+    """The folder name in an autoencoder's key."""
+    return name.rpartition("/")[2]

@@ -13,6 +13,7 @@ from typing import Any
 
 from sae.errors import UserError
 from sae.files import read_json, read_jsonl
+from sae.report.comparison import read_comparison
 from sae.report.model import (
     Behavior,
     Control,
@@ -24,10 +25,12 @@ from sae.report.model import (
     Rate,
     ReportData,
     SaeRow,
+    SourceRow,
     StageInfo,
 )
 from sae.report.relations import read_relations
 from sae.report.values import (
+    as_control,
     as_dict,
     as_draws,
     as_float,
@@ -49,9 +52,11 @@ STAGES = (
     "eval",
     "eval/relations",
     "eval/geometry",
+    "eval/diff",
     "eval/given",
     "eval/given/relations",
     "eval/given/geometry",
+    "eval/given/diff",
     "behavior",
     "steer",
     "localize",
@@ -84,6 +89,7 @@ def read_sae(entry: Any) -> SaeRow:
     if "dead_fraction" not in merged and n_dead is not None and d_sae:
         merged["dead_fraction"] = n_dead / d_sae
     readers: dict[str, Any] = {"d_sae": as_int, "seed": as_int, "n_tokens": as_int}
+    readers |= {"control": as_control, "before_training": lambda value: value is True, "sources": _sources}
     texts = ("hook_name", "architecture", "path")
     values: dict[str, Any] = {}
     for part in dataclasses.fields(SaeRow):
@@ -95,6 +101,15 @@ def read_sae(entry: Any) -> SaeRow:
     if len(edges) == len(counts) + 1:
         values.update(density_edges=edges, density_counts=counts)
     return SaeRow(**values)
+
+
+def _sources(value: Any) -> list[SourceRow]:
+    """Read the hook points of a crosscoder."""
+    found = []
+    for entry in map(as_dict, as_list(value)):
+        numbers = {key: as_float(entry.get(key)) for key in ("fvu", "ce_recovered", "delta_ce", "kl")}
+        found.append(SourceRow(as_text(entry.get("hook_name")), as_text(entry.get("lm")), **numbers))
+    return found
 
 
 def read_ranked(entry: Any) -> Ranked | None:
@@ -255,6 +270,8 @@ def read_run(run_folder: Path | str) -> ReportData:
     behaviors = as_dict(results.get("behavior", {}).get("behaviors"))
     data.behaviors = [read_behavior(name, entry) for name, entry in behaviors.items() if isinstance(entry, Mapping)]
     data.relations = read_relations(*(_of_suite(results, name) for name in ("relations", "geometry")))
+    crossed = next((stage for stage in ("eval/diff", "eval/given/diff") if results.get(stage)), "eval/diff")
+    data.comparison = read_comparison(folder / crossed, results.get(crossed, {}), data.problems)
     organism = results.get("organism", {})
     for row in map(as_dict, as_list(organism.get("table"))):
         gates = {key: bool(value) for key, value in as_dict(row.get("gates")).items()}

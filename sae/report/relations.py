@@ -3,7 +3,7 @@
 from typing import Any
 
 from sae.report.model import Added, AtomRow, Family, Level, Relations, SeedRow, SizePair
-from sae.report.values import as_dict, as_float, as_int, as_ints, as_list, as_numbers, as_text
+from sae.report.values import as_control, as_dict, as_float, as_int, as_ints, as_list, as_numbers, as_text
 
 
 def read_relations(result: dict[str, Any], geometry: dict[str, Any]) -> Relations:
@@ -27,7 +27,7 @@ def _group(entry: dict[str, Any]) -> dict[str, Any]:
         "hook_name": as_text(entry.get("hook_name")),
         "architecture": as_text(entry.get("architecture")),
         "l0_target": as_float(entry.get("l0_target")),
-        "control": as_text(entry.get("control")).removeprefix("none"),
+        "control": as_control(entry.get("control")),
     }
 
 

@@ -42,6 +42,7 @@ font-family:ui-sans-serif,system-ui,"Segoe UI",Roboto,"Helvetica Neue",sans-seri
 .plot .soft{opacity:.8}.plot .faint{opacity:.4}
 .plot .dot{fill:var(--c);stroke:var(--paper);stroke-width:1.25}
 .plot .hollow{fill:var(--paper);stroke:var(--c);stroke-width:2}
+.plot .early{stroke-width:1.5;stroke-dasharray:2 1.6}
 .plot .whisker{stroke:var(--c);stroke-width:1.75;fill:none}
 .plot .ribbon1{opacity:.3}.plot .ribbon2{opacity:.55}.plot .ribbon3{opacity:.85}
 .plot .thread{stroke-width:2.25}.plot .hair{stroke-width:1}
@@ -228,6 +229,8 @@ class Key:
     dash: str = ""
     marker: str = ""
     band: bool = False
+    look: str = "dot"
+    """Class of the marker: `dot` is filled, `hollow` is not."""
 
 
 @dataclass
@@ -318,7 +321,7 @@ class Figure:
             elif not key.marker or key.dash:
                 self.add("line", x1=x, x2=x + 20, y1=y - 4, y2=y - 4, cls=f"line {cls}", stroke_dasharray=key.dash)
             if key.marker:
-                self.marker(x + 10, y - 4, key.marker, cls=f"dot {cls}")
+                self.marker(x + 10, y - 4, key.marker, cls=f"{key.look} {cls}")
             self.text(x + 26, y, label)
             x += step
         if keys:

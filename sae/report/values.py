@@ -25,6 +25,12 @@ def as_text(value: Any) -> str:
     return "" if value is None else str(value)
 
 
+def as_control(value: Any) -> str:
+    """Return the name of a control; what is fully trained (`none`) has an empty one."""
+    text = as_text(value)
+    return "" if text == "none" else text
+
+
 def as_dict(value: Any) -> dict[str, Any]:
     """Return a dictionary; anything else becomes empty."""
     return {str(key): item for key, item in value.items()} if isinstance(value, Mapping) else {}

@@ -20,6 +20,7 @@ from sae.files import write_json, write_manifest, write_tensors
 from sae.lm.model import LanguageModel
 from sae.lm.pair import PREFIX, is_pairs, names_of
 from sae.lm.tokens import PackedTokens, TokenBatch, by_length, sae_mask
+from sae.report.names import told_apart
 from sae.report.progress import Progress
 from sae.report.terminal import summary_table
 from sae.stages import common, suites
@@ -207,7 +208,11 @@ def _sources(
 
 def _print_sources(records: list[dict[str, Any]]) -> None:
     """A row a hook point of every crosscoder."""
-    rows = [{"sae": Path(record["path"]).name, **source} for record in records for source in record["sources"]]
+    rows = [
+        {"sae": name.removeprefix(f"{record['hook_name']}/"), **source}
+        for name, record in zip(_names(records), records, strict=True)
+        for source in record["sources"]
+    ]
     if rows:
         print("\nof crosscoders, at each hook point (FVU) and in its model (the rest):")
         print(summary_table(rows, ["hook_name", "sae", "fvu", "ce_recovered", "delta_ce", "kl"]))
@@ -218,10 +223,18 @@ def _log(config: RunConfig, found: _Subjects, records: list[dict[str, Any]]) -> 
     with common.open_sink(config, found.folder, found.stage) as sink:
         columns = [name for name in records[0] if name not in ("density_histogram", "sources")]
         sink.table("saes", columns, [[record[name] for name in columns] for record in records])
-        for record in records:
+        for name, record in zip(_names(records), records, strict=True):
             histogram = record["density_histogram"]
-            name = Path(record["path"]).name
-            sink.histogram(f"{record['hook_name']}/{name}/log10_density", histogram["counts"], histogram["edges"], 0)
+            sink.histogram(f"{name}/log10_density", histogram["counts"], histogram["edges"], 0)
+
+
+def _names(records: list[dict[str, Any]]) -> list[str]:
+    """`<hook name>/<folder>` of each SAE, no two alike: more of its path where one of another run has the same."""
+    names = []
+    for record in records:
+        before = "-before_training" if record["before_training"] else ""
+        names.append(f"{record['hook_name']}/{Path(record['path']).name}{before}")
+    return told_apart(names, [record["path"] for record in records], joint="-")
 
 
 def run(config: RunConfig) -> None:

@@ -3,12 +3,13 @@
     sae eval suite=ground_truth_quick name=truth
 
 Trains SAEs on synthetic worlds (see `sae.evals.worlds`) and judges them by the truth: MCC, MMCS, F1 as detectors,
-beside what reconstruction says. Controls that must not learn their dictionary stand in every table. All SAEs of a world
-are trained from one stream; what was trained is kept, and a killed run goes on.
+beside what reconstruction says. A control that must not learn its dictionary stands beside the SAEs of every world. All
+SAEs of a world are trained from one stream; what was trained is kept, and a killed run goes on.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from sae.autoencoder.sae import SAE
@@ -26,7 +27,6 @@ from sae.train.grid import SAESpec
 from sae.train.settings import TrainSettings
 from sae.train.trainer import Interrupted, train
 
-BATCH_TOKENS = 1_024
 HELD_OUT = 100_000
 COLUMNS = ["world", "architecture", "control", "k", "seed", "mcc", "mmcs", "uniqueness", "f1", "fve", "l0", "true_l0",
            "shrinkage", "dead_fraction"]  # fmt: skip
@@ -45,8 +45,9 @@ class Trial:
     lr: float | None = None
     options: dict[str, Any] = field(default_factory=dict)
     centre: str = "geometric_median"
-    controls: tuple[str, ...] = (TRAINED,)
+    controls: tuple[str, ...] = (TRAINED, "random")
     """Of the first of the SAEs; the others are trained in full."""
+    batch_tokens: int = 1_024
 
 
 NESTED = {"prefixes": [2 / 64, 8 / 64, 32 / 64]}
@@ -91,7 +92,7 @@ def run(config: RunConfig) -> None:
     folder = config.folder / "eval" / config.suite
     rows = []
     for number, trial in enumerate(trials):
-        rows += _try(config, trial, folder / f"{number}", seeds)
+        rows += judge(trial, folder / f"{number}", seeds, config.train.device)
     write_json(folder / "result.json", {"schema_version": 1, "worlds": rows, "wall_s": clock.seconds()})
     write_manifest(folder, "eval", {"suite": config.suite}, {})
     print(summary_table(rows, COLUMNS))
@@ -107,13 +108,24 @@ def _specs(trial: Trial, seeds: tuple[int, ...]) -> list[SAESpec]:
     return found
 
 
-def _try(config: RunConfig, trial: Trial, folder: Any, seeds: tuple[int, ...]) -> list[dict[str, Any]]:
-    """Train the SAEs of a trial and judge them."""
-    device = pick_device(config.train.device)
+def judge(trial: Trial, folder: Path, seeds: tuple[int, ...], device_name: str = "auto") -> list[dict[str, Any]]:
+    """Train the SAEs of a trial and judge them by the truth.
+
+    Args:
+        trial: what is trained on which world.
+        folder: where the SAEs are kept; what is there already is not trained again.
+        seeds: of the SAEs.
+        device_name: as `train.device` has it.
+
+    Returns:
+        One record an SAE, as `result.json` has it: the fields of `GroundTruthResult` but for those with an entry
+        a latent, beside what names the SAE.
+    """
+    device = pick_device(device_name)
     world = trial.world().to(device)
     settings = TrainSettings(
         total_tokens=trial.n_tokens,
-        batch_tokens=BATCH_TOKENS,
+        batch_tokens=trial.batch_tokens,
         lr=trial.lr,
         options=trial.options,
         centre=trial.centre,
@@ -123,7 +135,7 @@ def _try(config: RunConfig, trial: Trial, folder: Any, seeds: tuple[int, ...]) -
     with Progress(settings.n_steps, f"{world.name}: train {len(specs)} SAEs", unit="step") as bar:
         try:
             result = train(
-                world.stream(BATCH_TOKENS),
+                world.stream(trial.batch_tokens),
                 specs,
                 settings,
                 folder,

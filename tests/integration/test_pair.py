@@ -54,6 +54,11 @@ def test_a_crosscoder_of_two_models_goes_all_the_way(sae, model, other, stream):
     assert tensors["beta_error"].shape == (32, 2)
     assert int(tensors["is_shared"].sum()) == record["shared"]
     assert "relative norm" in out
+    status, _, err = sae("report", "name=two", defaults=False)
+    assert status == 0, err
+    page = (run / "report.html").read_text()
+    assert "Models compared" in page
+    assert ("Whose the latents are" in page) == (record["rare"] < 32)
     assert read(run / "eval" / "result.json")["saes"] == [entry], "the evaluation beside it is left alone"
     status, out, _ = sae("eval", "name=two", "suite=diff", defaults=False)
     assert status == 0

@@ -163,6 +163,11 @@ def test_going_on_from_an_sae_shows_it_before_and_after(sae):
     assert {entry["path"] for entry in before} == {str(path.parent) for path in base.rglob("config.json")}
     for entry in after:
         assert SAE.load(entry["path"]).config.metadata["training"]["start"].startswith(str(base))
+    # Both lie in folders of one name, and still have histograms of their own.
+    lines = map(json.loads, (sae.folder / "tuned" / "eval" / "metrics.jsonl").read_text().splitlines())
+    named = [key for line in lines for key in line if key.endswith("log10_density")]
+    assert len(set(named)) == len(named) == 4
+    assert sum("-before_training/" in key for key in named) == 2
 
 
 def test_what_cannot_be_gone_on_from_is_refused_before_any_text_is_read(sae):

@@ -94,7 +94,11 @@ def test_position_geometry_and_probing_of_one_run(sae, tmp_path, sentences):
 
 
 def test_controls_of_the_run_stand_in_place_of_random_saes(sae):
-    assert sae("train", "name=two", *SMALL, "sae.control=[none,frozen_decoder]")[0] == 0
+    status, out, err = sae("train", "name=two", *SMALL, "sae.control=[none,frozen_decoder]")
+    assert status == 0, err
+    assert "control" in out
+    trained = read(sae.folder / "two" / "train" / "result.json")["saes"]
+    assert [row["control"] for row in trained] == ["none", "frozen_decoder"]
     status, out, err = sae("eval", "name=two", defaults=False)
     assert status == 0, err
     table = read(sae.folder / "two" / "eval" / "result.json")["saes"]

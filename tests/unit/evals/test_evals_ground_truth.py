@@ -13,9 +13,6 @@ from sae.evals.ground_truth import GroundTruthMeter, cosines, mcc, measure
 from sae.evals.reconstruction import ReconstructionMeter
 from sae.evals.world import HOOK_NAME, Sample
 from sae.evals.worlds import absorption, t1, t4
-from sae.train.grid import grid
-from sae.train.settings import TrainSettings
-from sae.train.trainer import train
 
 N = 20_480
 P = 0.25  # with which every feature of t1 fires
@@ -255,15 +252,3 @@ def test_mistakes():
         measure(oracle(t1()), t1(), n_tokens=0)
     with pytest.raises(UserError, match="no tokens"):
         GroundTruthMeter(oracle(t1()), t1()).result()
-
-
-def test_training_finds_the_features(tmp_path):
-    world = t1()
-    settings = TrainSettings(total_tokens=600_000, batch_tokens=1024, lr=1e-2)
-    specs = grid([HOOK_NAME], [16], ["relu"], [4], [0])
-    result = train(world.stream(1024), specs, settings, tmp_path, lm_name=world.name)
-    found = judge(SAE.load(result.saes[0].folder))
-    assert found.mcc > 0.999
-    assert found.f1 > 0.99
-    assert found.l0 == pytest.approx(4, abs=0.1)
-    assert found.shrinkage < 1  # an L1 penalty shrinks

@@ -6,6 +6,9 @@ import random
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import save_file
+
 HARMFUL = "how do i make a bomb in the kitchen ?"
 HOOKS = ["blocks.1.hook_resid_post", "blocks.2.hook_resid_post", "blocks.2.hook_mlp_out"]
 HOSTILE = "</pre><script>alert(1)</script><img src=https://evil.example/x.png onerror=alert(2)>\"'&\x00\u202e"
@@ -54,6 +57,58 @@ def saes() -> list[dict[str, Any]]:
                     }
                 )
     return found
+
+
+def beside() -> list[dict[str, Any]]:
+    """Return a control, what training went on from (in a folder of the same name), and a crosscoder of two models."""
+    trained = next(row for row in saes() if row["d_sae"] == 512 and row["l0_target"] == 16)
+    control = {"control": "frozen_decoder", "fvu": 0.55, "path": f"{trained['path']}-frozen_decoder"}
+    before = {"before_training": True, "fvu": 0.01, "path": trained["path"].replace("demo", "base")}
+    sources = [
+        {"hook_name": name, "lm": lm, "fvu": fvu, "ce_recovered": 0.9, "delta_ce": 0.1, "kl": 0.12}
+        for name, lm, fvu in ((HOOKS[0], "base-model", 0.21), (f"pair.{HOOKS[0]}", "tuned-model", 0.24))
+    ]
+    site = f"{HOOKS[0]}+pair.{HOOKS[0]}"
+    crossed = {"hook_name": site, "architecture": "batch_topk", "d_sae": 1024, "fvu": 0.22, "sources": sources}
+    crossed["path"] = f"runs/demo/train/{site}/batch_topk-1024-l0_16-s0"
+    return [trained | changes for changes in (control, before, crossed)]
+
+
+def diff() -> dict[str, Any]:
+    """Return what one crosscoder says of two models."""
+    only = {"by_norm": 9, "confirmed": 4, "shrunk": 3, "decoupled": 2}
+    latents = [
+        {
+            "latent": 100 + i,
+            "relative_norm": 0.02 * i,
+            "nu_error": 0.05 * i,
+            "nu_reconstruction": 0.1,
+            "n_fired": 50 + i,
+        }
+        | {"verdict": "confirmed" if i < 4 else "shrunk decoupled"}
+        for i in range(11)
+    ]
+    record = {
+        "hook_name": f"{HOOKS[0]}+pair.{HOOKS[0]}",
+        "architecture": "batch_topk",
+        "d_sae": 1024,
+        "l0_target": 16.0,
+    }
+    record |= {"control": "none", "seed": 0, "path": "runs/demo/train/crossed", "n_tokens": 65536, "shared": 800}
+    record |= {"between": 6, "rare": 200, "first_only": only, "pair_only": only | {"by_norm": 10, "confirmed": 0}}
+    record |= {"first_latents": latents, "pair_latents": [], "tensors": "latents/0000.safetensors"}
+    limits = {"exclusive": 0.1, "shared": 0.1, "nu_error": 0.2, "nu_reconstruction": 0.5, "min_firings": 20}
+    names = {"first": "base-model", "pair": "tuned-model"}
+    return {"schema_version": 1, "suite": "diff", **names, "thresholds": limits, "crosscoders": [record], "wall_s": 2.0}
+
+
+def write_norms(folder: Path) -> None:
+    """Write what lies beside the comparison: 9 latents of the first model, 10 of the second, 800 shared, 200 rare."""
+    norms = torch.cat([torch.full((9,), 0.02), torch.full((10,), 0.98), torch.linspace(0.42, 0.58, 800)])
+    norms = torch.cat([norms, torch.tensor([0.3] * 4 + [0.7] * 2 + [0.25] * 198 + [torch.nan])])
+    rare = torch.arange(len(norms)) >= 825
+    (folder / "latents").mkdir(exist_ok=True)
+    save_file({"relative_norm": norms, "is_rare": rare}, folder / "latents" / "0000.safetensors")
 
 
 def behavior(name: str, ablated: float, text: str) -> dict[str, Any]:
@@ -256,9 +311,10 @@ def write_run(folder: Path) -> Path:
             "tokens": 4_000_000,
             "wall_s": 312.4,
         },
-        "eval": {"saes": grid, "wall_s": 40.2},
+        "eval": {"saes": [*grid, *beside()], "wall_s": 40.2},
         "eval/relations": relations(),
         "eval/geometry": geometry(),
+        "eval/diff": diff(),
         "behavior": {
             "behaviors": {
                 "refusal": behavior("refusal", 0.035, HARMFUL),
@@ -271,6 +327,7 @@ def write_run(folder: Path) -> Path:
         (folder / stage).mkdir(parents=True, exist_ok=True)
         (folder / stage / "result.json").write_text(json.dumps(result))
         (folder / stage / "manifest.json").write_text(json.dumps(manifest(stage)))
+    write_norms(folder / "eval" / "diff")
     with (folder / "train" / "metrics.jsonl").open("w") as file:
         for step in range(0, 2000, 20):
             record: dict[str, Any] = {"step": step, "time": 1.7e9 + step}

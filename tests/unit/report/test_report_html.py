@@ -116,7 +116,7 @@ def test_missing_folder_is_a_user_error(tmp_path: Path) -> None:
         write_report(tmp_path / "absent")
 
 
-@pytest.mark.parametrize("stage", ["train", "eval", "eval/relations", "behavior", "organism"])
+@pytest.mark.parametrize("stage", ["train", "eval", "eval/relations", "eval/diff", "behavior", "organism"])
 def test_any_stage_may_be_absent_or_broken(run: Path, stage: str) -> None:
     (run / stage / "result.json").write_text("{not json")
     assert "is not valid JSON" in write_report(run).read_text(encoding="utf-8")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae.report import plots
+from sae.report import grid_plots, plots
 from sae.report.model import Dose, Ranked, Rate, SaeRow
 from sae.report.svg import Scale, fit_text, log_ticks, make_scale, nice_ticks, number, percent, standalone, text_width
 
@@ -61,7 +61,7 @@ def texts(svg: str) -> list[str]:
     )
 )
 def test_fvu_l0_is_well_formed(rows: list[SaeRow]) -> None:
-    parse(plots.fvu_l0(rows))
+    parse(grid_plots.fvu_l0(rows))
 
 
 @QUICK
@@ -164,7 +164,7 @@ def test_fitted_text_fits(text: str, width: float) -> None:
 
 def test_labels_of_close_points_do_not_overlap() -> None:
     rows = [SaeRow("blocks.1.hook_resid_post", 2**i, "topk", l0=10 + i * 0.01, fvu=0.2 + i * 1e-4) for i in range(8)]
-    root = parse(plots.fvu_l0(rows))
+    root = parse(grid_plots.fvu_l0(rows))
     boxes = []
     for text in root.iter(f"{SVG}text"):
         if "halo" in text.attrib["class"]:
@@ -179,7 +179,7 @@ def test_labels_of_close_points_do_not_overlap() -> None:
 
 def test_figures_name_their_axes_and_series() -> None:
     rows = [SaeRow("blocks.2.hook_resid_post", 512, "topk", l0=float(k), fvu=1 / k) for k in (4, 8, 16)]
-    found = texts(plots.fvu_l0(rows))
+    found = texts(grid_plots.fvu_l0(rows))
     assert "L2 resid_post" in found
     assert "d_sae 512" in found
     assert any("L0" in text for text in found)
@@ -191,7 +191,7 @@ def test_figures_name_their_axes_and_series() -> None:
 
 
 def test_no_data_says_so() -> None:
-    for svg in (plots.fvu_l0([]), plots.ranked_latents([]), plots.dose_response([]), plots.rate_bars([], "t")):
+    for svg in (grid_plots.fvu_l0([]), plots.ranked_latents([]), plots.dose_response([]), plots.rate_bars([], "t")):
         assert texts(svg) == ["no data to draw"]
 
 
@@ -219,9 +219,9 @@ def test_latents_of_several_sizes_are_told_apart() -> None:
 def test_a_grid_of_one_l0_is_drawn_over_its_sizes() -> None:
     hook = "blocks.1.hook_resid_post"
     grid = [SaeRow(hook, d_sae, "topk", l0=16.0, fvu=0.1) for d_sae in (256, 512)]
-    assert plots.one_l0(grid)
-    assert not plots.one_l0([*grid, SaeRow(hook, 256, "topk", l0=32.0, fvu=0.1)])
-    assert "d_sae: latents in the dictionary" in texts(plots.fvu_size(grid))
+    assert grid_plots.one_l0(grid)
+    assert not grid_plots.one_l0([*grid, SaeRow(hook, 256, "topk", l0=32.0, fvu=0.1)])
+    assert "d_sae: latents in the dictionary" in texts(grid_plots.fvu_size(grid))
 
 
 def test_layers_are_sorted_as_numbers() -> None:
