@@ -9,6 +9,7 @@ Transcoders and crosscoders (files of their own) are SAEs whose inputs or output
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,6 +91,16 @@ class SAEConfig:
         return list(self.source_widths) or [self.d_in // n_sources] * n_sources
 
     @property
+    def first_seed(self) -> int:
+        """Seed of the first weights, one of its own for every site and size.
+
+        From `seed` alone, SAEs of two sizes or hook points would begin with the same rows and stay alike for no other
+        reason; and so would whatever else is drawn from that small number.
+        """
+        about = f"{self.hook_name} {self.d_in} {self.width_out} {self.d_sae} {self.seed}"
+        return int.from_bytes(hashlib.sha256(about.encode()).digest()[:7], "big")
+
+    @property
     def width_out(self) -> int:
         """Width of what is reconstructed."""
         return self.d_out or self.d_in
@@ -124,7 +135,7 @@ class SAEOutput(NamedTuple):
 class SAE(nn.Module):
     """A sparse autoencoder. Inputs of any leading shape; they are cast to the SAE's dtype.
 
-    Fresh weights: unit decoder rows drawn from `config.seed`, the encoder their transpose, zero biases.
+    Fresh weights: unit decoder rows drawn from `config.first_seed`, the encoder their transpose, zero biases.
 
     Attributes:
         W_enc: [d_in d_sae]. Stored so that one latent's direction is contiguous, which is how gradients come.
@@ -144,7 +155,7 @@ class SAE(nn.Module):
         if config.site.kind != self.kind:
             raise UserError(f"{config.hook_name!r} is the site of a {config.site.kind}, not of a {self.kind}.")
         self.config = config
-        generator = torch.Generator().manual_seed(config.seed)
+        generator = torch.Generator().manual_seed(config.first_seed)
         self.W_dec = nn.Parameter(unit_rows(config.d_sae, config.width_out, generator))
         self.W_enc = nn.Parameter(self._first_encoder(generator))
         self.b_enc = nn.Parameter(torch.zeros(config.d_sae))

@@ -11,7 +11,8 @@ The similarity of two latents is the cosine of their decoder rows, of their enco
 Traps. In few dimensions random directions are alike, too: `Null` is the same procedure on random rows. Rows on the
 sphere are a weak null where activations, and so all decoder rows, keep to few dimensions: with null="data" they are
 drawn with the second moment that the rows have. Latents that never fired keep their initial rows, and two SAEs that
-began with the same seed agree on these exactly. A nearest latent may be shared by many; a match is one to one.
+began with the same ones, as other libraries' may, agree on these exactly. A nearest latent may be shared by many; a
+match is one to one.
 """
 
 from collections.abc import Iterable, Sequence

@@ -192,9 +192,6 @@ class SizePair:
     mean: float | None
     null_mean: float | None  # of `mean`, among random rows
     parents: float | None
-    same_number: float | None
-    other_shared: float | None  # with the wider one of another seed
-    other_parents: float | None
     fvu_small: float | None
     fvu_large: float | None
     novel: Added

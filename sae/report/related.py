@@ -53,7 +53,6 @@ def relations_view(data: ReportData) -> dict[str, Any] | None:
         "stability": Markup(stability_plot(relations.seeds)) if relations.seeds else None,
         "atoms": [(short_hook(row.hook_name), _which(row, relations), row) for row in relations.atoms],
         "threshold": relations.threshold,
-        "across": any(pair.other_shared is not None for pair in relations.pairs),
         "notes": relations.notes,
     }
 

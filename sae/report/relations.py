@@ -62,16 +62,14 @@ def _level(entry: dict[str, Any], narrower: int | None) -> Level | None:
 
 def read_pair(entry: dict[str, Any]) -> SizePair:
     """Read the comparison of two sizes."""
-    stitched, other = as_dict(entry.get("stitching")), as_dict(entry.get("other_seed"))
+    stitched = as_dict(entry.get("stitching"))
     values: dict[str, Any] = {name: as_int(entry.get(name)) for name in ("seed", "small", "large")}
-    values |= {name: as_float(entry.get(name)) for name in ("shared", "mean", "parents", "same_number")}
+    values |= {name: as_float(entry.get(name)) for name in ("shared", "mean", "parents")}
     values |= {name: as_float(stitched.get(name)) for name in ("fvu_small", "fvu_large", "auroc")}
     return SizePair(
         **_group(entry),
         **values,
         null_mean=as_float(as_dict(entry.get("null")).get("matched_mean")),
-        other_shared=as_float(other.get("shared")),
-        other_parents=as_float(other.get("parents")),
         novel=_added(stitched.get("novel")),
         known=_added(stitched.get("reconstruction")),
         silent=as_int(stitched.get("silent")),

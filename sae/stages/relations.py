@@ -6,10 +6,6 @@ SAEs of one site, architecture and L0 are compared with each other (see `sae.eva
 their own. Between consecutive sizes of one seed: matches, parents, and what the wider SAE adds on held-out tokens; over
 all sizes of one seed: family trees; between the seeds of one size: how well each latent recurs. Similarities stand
 beside those of random rows with the second moment of the decoders (null="data").
-
-Traps. SAEs of one seed begin with the same rows, as far as the narrower one goes, so latents of one number are more
-alike than those of another seed: `same_number` counts them, and `other_seed` is the same pair of sizes across
-seeds, where there are several.
 """
 
 import itertools
@@ -18,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -202,29 +197,16 @@ def _compare_sizes(
         file = f"latents/{group.file}-s{seed}-{small.config.d_sae}-{large.config.d_sae}.safetensors"
         write_tensors(folder / file, _tensors(found, stitched))
         has_parent = level.parent >= 0
-        same = level.parent == torch.arange(len(level.parent))
         pairs.append(
             group.record
             | {"seed": seed, "small": small.config.d_sae, "large": large.config.d_sae}
             | {"small_path": group.paths[small.config.d_sae, seed], "large_path": group.paths[large.config.d_sae, seed]}
             | {name: getattr(found, name) for name in MATCH}
             | {"parents": share(has_parent), "floor": floor, "parent_cosine": float(level.cosine.mean())}
-            | {"parent_null": null, "same_number": share(same[has_parent])}
-            | {"other_seed": _across(group, lm, small, large, seed, floor), "stitching": _summary(stitched)}
+            | {"parent_null": null, "stitching": _summary(stitched)}
             | {"latents": file}
         )
     return pairs, group.record | _trees(trees, seed, [group.paths[size, seed] for size in sizes], nulls)
-
-
-def _across(group: Group, lm: LanguageModel, small: SAE, large: SAE, seed: int, floor: float) -> dict[str, Any] | None:
-    """The same pair of sizes, the wider one of the next seed: what is alike without a common start."""
-    others = [other for other in group.seeds()[large.config.d_sae] if other != seed]
-    if not others:
-        return None
-    other = next((found for found in others if found > seed), others[0])
-    far = SAE.load(group.paths[large.config.d_sae, other], lm.device)
-    found = match(small, far, by="decoder", threshold=THRESHOLD)
-    return {"seed": other, "shared": found.shared, "parents": share(found.best_back.cosine >= floor)}
 
 
 def share(chosen: Bool[Tensor, " n"]) -> float:

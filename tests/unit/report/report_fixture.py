@@ -244,7 +244,7 @@ def relations() -> dict[str, Any]:
         stitched = {"novel": added, "reconstruction": {**added, "n": 400, "fvu": 0.5}, "fvu_small": 0.2}
         stitched |= {"fvu_large": 0.15, "auroc": 0.8, "threshold": 0.7, "n_tokens": 65536, "silent": 24}
         sizes = {"small": 512, "large": 1024, "shared": 0.6, "mean": 0.71, "threshold": 0.7, "null": null}
-        parents = {"parents": 0.6, "floor": 0.5, "parent_null": null, "same_number": 0.1, "other_seed": None}
+        parents = {"parents": 0.6, "floor": 0.5, "parent_null": null}
         found["pairs"].append({**group, **sizes, **parents, "stitching": stitched})
     for size in (512, 1024):
         group = {"hook_name": HOOKS[1], "architecture": "topk", "l0_target": 16.0, "control": "none", "d_sae": size}
