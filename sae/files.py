@@ -160,21 +160,24 @@ def read_jsonl(path: Path | str) -> list[Any]:
     """Read a JSON-lines file; blank lines are skipped.
 
     Raises:
-        UserError: the file is missing, or a line is not JSON (the line number is named).
+        UserError: the file is missing or not UTF-8, or a line is not JSON (the line number is named).
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no file {str(path)!r}: check the path.")
     records = []
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                try:
-                    records.append(json.loads(line))
-                except json.JSONDecodeError as error:
-                    raise UserError(
-                        f"{str(path)!r}, line {number} is not valid JSON ({error.msg}): mend or remove that line."
-                    ) from None
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{str(path)!r} is not UTF-8 ({error}): save it as UTF-8.") from None
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise UserError(
+                    f"{str(path)!r}, line {number} is not valid JSON ({error.msg}): mend or remove that line."
+                ) from None
     return records
 
 

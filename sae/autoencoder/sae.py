@@ -267,7 +267,7 @@ class SAE(nn.Module):
             UserError: a file is missing, truncated, or does not fit its config; or the weights are not finite.
         """
         folder = Path(folder)
-        sae = make(_read_config(folder / CONFIG_FILE))
+        sae = make(read_config(folder))
         tensors = files.read_tensors(folder / WEIGHTS_FILE)
         expected = sae.state_dict()
         where = f"in {str(folder / WEIGHTS_FILE)!r}"
@@ -302,7 +302,13 @@ def unit_rows(n: int, d: int, generator: torch.Generator) -> Float[Tensor, "n d"
     return rows / rows.norm(dim=1, keepdim=True)
 
 
-def _read_config(path: Path) -> SAEConfig:
+def read_config(folder: Path | str) -> SAEConfig:
+    """Read what a saved SAE is, without its weights.
+
+    Raises:
+        UserError: the file is missing, or is not the config of an SAE.
+    """
+    path = Path(folder) / CONFIG_FILE
     raw = files.read_json(path)
     where = f"key in {str(path)!r}"
     if not isinstance(raw, dict):

@@ -251,6 +251,24 @@ def fit_probes(
     return {label: fit_probe(train, given[~held_out] == label) for label in _known(given, held_out, thresholds)}
 
 
+def measurable(
+    words: Sequence[str],
+    labels: Sequence[str],
+    *,
+    thresholds: Thresholds = Thresholds(),
+    seed: int = 0,
+) -> list[str]:
+    """Return the labels that `absorption` measures: those with enough words on the train side of its split.
+
+    Args:
+        words: [n], as in `absorption`.
+        labels: [n], likewise.
+        thresholds: `min_words` counts.
+        seed: of the split.
+    """
+    return _known(np.asarray(labels), held_out_rows([word.lower() for word in words], seed=seed), thresholds)
+
+
 def _known(labels: Array, held_out: Array, thresholds: Thresholds) -> list[str]:
     """Labels that are measured: train words are many enough and not all alike."""
     train = labels[~held_out]

@@ -17,6 +17,9 @@ the difference, far smaller than that of either curve.
 Traps. The first positions are unlike the rest (BOS is left alone, there is hardly any context), and few rows reach the
 last: look at `n`. Rows of packed text hold several documents, so that a position in the row is none in the document;
 give `positions` then.
+
+Of two models (`sae.lm.pair`) each is read with what is written into it, as in `splice_models`; of a crosscoder of both
+the curves are over the predictions of both, a row being that of the text.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -32,6 +35,7 @@ from sae.autoencoder.site import Site
 from sae.errors import UserError
 from sae.evals import splice
 from sae.lm.hooks import edit
+from sae.lm.pair import bare, models_of
 from sae.lm.tokens import TokenBatch, sae_mask
 
 METRICS = ("ce_clean", "ce_sae", "delta_ce", "kl")
@@ -61,6 +65,15 @@ class PositionResult(NamedTuple):
     """ce_sae - ce_clean."""
     kl: Curve
     """KL(clean || with reconstructions)."""
+
+
+class PairedPositions(NamedTuple):
+    """The curves of what a site writes to."""
+
+    together: PositionResult
+    """Over the predictions of all models that it writes to; with one model, its own."""
+    models: dict[str, PositionResult]
+    """By the prefix of the model's hook points (see `sae.lm.pair`); "" is the first, or the only one."""
 
 
 def by_position(
@@ -100,7 +113,6 @@ def by_position(
     return found[0]
 
 
-@torch.no_grad()
 def by_position_all(
     lm: Any,
     saes: Sequence[SAE],
@@ -127,33 +139,72 @@ def by_position_all(
     Raises:
         UserError: as in `by_position`.
     """
+    found = by_position_models(
+        lm,
+        saes,
+        batches,
+        hook_names=hook_names,
+        splice_mask=splice_mask,
+        positions=positions,
+        bin_width=bin_width,
+        progress=progress,
+    )
+    return [each.together for each in found]
+
+
+@torch.no_grad()
+def by_position_models(
+    lm: Any,
+    saes: Sequence[SAE],
+    batches: Iterable[TokenBatch],
+    *,
+    hook_names: Sequence[str] | None = None,
+    splice_mask: Callable[[TokenBatch], Bool[Tensor, "batch pos"]] | None = None,
+    positions: Callable[[TokenBatch], Int[Tensor, "batch pos"]] = TokenBatch.positions,
+    bin_width: int = 1,
+    progress: Callable[[], None] = lambda: None,
+) -> list[PairedPositions]:
+    """As `by_position_all`, with the curves of each model where `lm` is a `sae.lm.pair.PairedModel`."""
     if bin_width < 1:
         raise UserError(f"bin_width={bin_width} is not positive: give 1 or more.")
     sites = [sae.config.site for sae in saes] if hook_names is None else [Site((name,), (name,)) for name in hook_names]
     elsewhere = list(dict.fromkeys(name for site in sites if site.kind != "sae" for name in site.reads))
-    totals = [_Totals() for _ in saes]
+    models = models_of(lm)
+    totals = [_PairedTotals([prefix for prefix in models if splice.written(site, prefix)]) for site in sites]
     for batch in batches:
         where = sae_mask(batch.roles) if splice_mask is None else splice_mask(batch)
         counted = batch.mask[:, :-1] & batch.mask[:, 1:]
-        clean = _logs(lm, batch, counted, {})
         read = lm.activations(batch, elsewhere) if elsewhere else {}
-        targets = batch.tokens[:, 1:][counted].to(clean.device)[:, None]
-        ce_clean = -clean.gather(-1, targets)[:, 0].double().cpu()
         bins = positions(batch)[:, :-1][counted].cpu() // bin_width
         rows = counted.nonzero()[:, 0].cpu()
-        for sae, site, total in zip(saes, sites, totals, strict=True):
-            spliced = _logs(lm, batch, counted, splice.edits_of(sae, site, where, read))
-            ce_sae = -spliced.gather(-1, targets)[:, 0].double().cpu()
-            kl = (clean.exp() * (clean - spliced)).sum(-1).double().cpu()
-            total.add(torch.stack([ce_clean, ce_sae, ce_sae - ce_clean, kl]), rows, bins)
+        found: list[dict[str, Tensor]] = [{} for _ in saes]
+        for prefix, model in models.items():
+            here = [number for number, total in enumerate(totals) if prefix in total.models]
+            if not here:
+                continue
+            clean = _logs(model, batch, counted, {})
+            for number in here:
+                edits = splice.edits_of(saes[number], sites[number], where, read)
+                own = {name: edits[name] for name in splice.written(sites[number], prefix)}
+                found[number][prefix] = _compare(clean, _logs(model, batch, counted, own), batch, counted)
+        for total, values in zip(totals, found, strict=True):
+            total.add(values, rows, bins)
         progress()
     return [total.result(bin_width) for total in totals]
 
 
 def _logs(lm: Any, batch: TokenBatch, counted: Tensor, edits: dict[str, Any]) -> Float[Tensor, "n d_vocab"]:
-    with edit(lm, edits):
+    with edit(lm, {bare(name): fn for name, fn in edits.items()}):
         logits = lm.logits(batch)
     return logits[:, :-1][counted.to(logits.device)].float().log_softmax(-1)
+
+
+def _compare(clean: Tensor, spliced: Tensor, batch: TokenBatch, counted: Tensor) -> Float[Tensor, "metric n"]:
+    """The metrics of every counted prediction, from log-probabilities; float64, on the CPU."""
+    targets = batch.tokens[:, 1:].to(clean.device)[counted.to(clean.device)][:, None]
+    ce_clean, ce_sae = (-logs.gather(-1, targets)[:, 0].double().cpu() for logs in (clean, spliced))
+    kl = (clean.exp() * (clean - spliced)).sum(-1).double().cpu()
+    return torch.stack([ce_clean, ce_sae, ce_sae - ce_clean, kl])
 
 
 class _Totals:
@@ -193,6 +244,27 @@ class _Totals:
         errors = (factor * residual.clamp_min(0)).sqrt() / n
         curves = {name: Curve(means[i], errors[i]) for i, name in enumerate(METRICS)}
         return PositionResult(used.nonzero()[:, 0] * bin_width, bin_width, n, n_rows, **curves)
+
+
+class _PairedTotals:
+    """Those of each model that a site writes to, and of all of them together."""
+
+    def __init__(self, prefixes: Sequence[str]) -> None:
+        self.models = {prefix: _Totals() for prefix in prefixes}
+        self.together = _Totals()
+
+    def add(self, values: dict[str, Float[Tensor, "metric n"]], rows: Tensor, bins: Tensor) -> None:
+        """Add each model's predictions of the same rows."""
+        for prefix, part in values.items():
+            self.models[prefix].add(part, rows, bins)
+        # What two models make of one row is not independent: it is one row still.
+        n = len(values)
+        self.together.add(torch.cat([*values.values()], dim=1), rows.repeat(n), bins.repeat(n))
+
+    def result(self, bin_width: int) -> PairedPositions:
+        """The curves."""
+        models = {prefix: total.result(bin_width) for prefix, total in self.models.items()}
+        return PairedPositions(self.together.result(bin_width), models)
 
 
 def _plus(old: Tensor, new: Tensor) -> Tensor:

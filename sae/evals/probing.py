@@ -42,6 +42,8 @@ LatentActs = Tensor | Callable[[], Iterable[Tensor]]
 
 NEIGHBORS = 50
 """Latents of nearest density that a random one is drawn from."""
+N_CONTROLS = 20
+"""Draws of each control, unless told otherwise."""
 
 
 class Score(NamedTuple):
@@ -115,7 +117,7 @@ def k_sparse_probing(
     ks: Sequence[int] = (1, 2, 5),
     acts: Float[Tensor, "n d_in"] | None = None,
     test: ArrayLike | None = None,
-    n_controls: int = 20,
+    n_controls: int = N_CONTROLS,
     n_draws: int = 1000,
     l2: float = 1.0,
     seed: int = 0,
@@ -145,7 +147,7 @@ def k_sparse_probing(
     rng = np.random.default_rng(seed)
     shuffles = [setting.shuffled(int(rng.integers(2**31))) for _ in range(n_controls)]
     found = class_difference(latent_acts, np.stack([flags, *shuffles]), ~held_out)
-    _check_ks(ks, found.density.size, n_controls)
+    check_ks(ks, found.density.size, n_controls)
     best = [np.argsort(-np.abs(row), kind="stable")[: max(ks)] for row in found.difference]
     drawn = [_matched(found.density, best[0], int((~held_out).sum()), rng) for _ in range(n_controls)]
     wanted = np.unique(np.concatenate([*best, *drawn]))
@@ -298,7 +300,12 @@ def batches(latent_acts: LatentActs, n: int | None = None) -> Iterator[tuple[int
         raise UserError(f"{start} rows of latent activations and {n} labels: give one label a row.")
 
 
-def _check_ks(ks: Sequence[int], d_sae: int, n_controls: int) -> None:
+def check_ks(ks: Sequence[int], d_sae: int, n_controls: int = N_CONTROLS) -> None:
+    """Refuse numbers of latents that an SAE of `d_sae` has not, or not as many others to draw controls from.
+
+    Raises:
+        UserError: naming the largest k that fits.
+    """
     if not ks or min(ks) < 1:
         raise UserError(f"ks = {list(ks)} must be one or more numbers of latents, each at least 1.")
     room = d_sae // 2 if n_controls else d_sae

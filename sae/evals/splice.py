@@ -118,13 +118,13 @@ def splice_models(
     sites = [sae.config.site for sae in saes] if hook_names is None else [Site((name,), (name,)) for name in hook_names]
     elsewhere = list(dict.fromkeys(name for site in sites if site.kind != "sae" for name in site.reads))
     models = models_of(lm)
-    totals = [{prefix: _Totals() for prefix in models if _written(site, prefix)} for site in sites]
+    totals = [{prefix: _Totals() for prefix in models if written(site, prefix)} for site in sites]
     for batch in batches:
         where = sae_mask(batch.roles) if splice_mask is None else splice_mask(batch)
         read = lm.activations(batch, elsewhere) if elsewhere else {}
         for prefix, model in models.items():
             group = [
-                _Spliced(partial(edits_of, sae, site, where, read), _written(site, prefix), total[prefix])
+                _Spliced(partial(edits_of, sae, site, where, read), written(site, prefix), total[prefix])
                 for sae, site, total in zip(saes, sites, totals, strict=True)
                 if prefix in total
             ]
@@ -146,7 +146,7 @@ class _Spliced(NamedTuple):
     total: "_Totals"
 
 
-def _written(site: Site, prefix: str) -> tuple[str, ...]:
+def written(site: Site, prefix: str) -> tuple[str, ...]:
     """The hook points of one model that a site writes, under the names they have here."""
     return tuple(name for name in site.writes if is_pairs(name) == (prefix == PREFIX))
 

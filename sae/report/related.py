@@ -49,6 +49,7 @@ def relations_view(data: ReportData) -> dict[str, Any] | None:
         "pairs": [(pair_label(pair), more, pair) for pair, more in zip(relations.pairs, which, strict=True)],
         "stitching": Markup(stitching_plot(relations.pairs, which)) if _stitched(relations) else None,
         "harm": _harm(relations),
+        "n_stitched": len(_with_novel(relations)),
         "seeds": [(short_hook(row.hook_name), _which(row, relations), row) for row in relations.seeds],
         "stability": Markup(stability_plot(relations.seeds)) if relations.seeds else None,
         "atoms": [(short_hook(row.hook_name), _which(row, relations), row) for row in relations.atoms],
@@ -144,7 +145,10 @@ def _stitched(relations: Relations) -> bool:
 
 def _harm(relations: Relations) -> int:
     """In how many pairs the novel latents, all added, make the narrower SAE worse."""
-    return sum(
-        pair.novel.fvu is not None and pair.fvu_small is not None and pair.novel.fvu > pair.fvu_small
-        for pair in relations.pairs
-    )
+    return sum(with_novel > alone for alone, with_novel in _with_novel(relations))
+
+
+def _with_novel(relations: Relations) -> list[tuple[float, float]]:
+    """FVU of the narrower SAE alone and with the novel latents, of each pair that was stitched."""
+    found = [(pair.fvu_small, pair.novel.fvu) for pair in relations.pairs]
+    return [(alone, more) for alone, more in found if alone is not None and more is not None]

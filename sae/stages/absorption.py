@@ -3,19 +3,24 @@
     sae eval suite=absorption name=mine
 
 First-letter absorption (see `sae.evals.absorption`) on the words that the tokenizer has as one token. It needs a model
-that knows letters, and a tokenizer with many words: where either is missing the result says so.
+that knows letters, and a tokenizer with many words: where either is missing the result says so. Without the words
+nothing is trained for it.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
+from sae.autoencoder.sae import SAEConfig
 from sae.config import RunConfig
-from sae.evals.absorption import Thresholds, fit_probes
+from sae.errors import UserError
+from sae.evals.absorption import Thresholds, fit_probes, measurable
 from sae.evals.first_letter import first_letter, first_letters, vocabulary_words, word_activations
 from sae.lm.model import LanguageModel
 from sae.report.progress import Progress
 from sae.stages import common, measured
 from sae.stages.measured import Measured
 from sae.train.baseline import random_like
+from sae.train.grid import SAESpec
 
 BATCH = 64
 KNOWN_F1 = 0.5
@@ -25,16 +30,19 @@ KNOWN_F1 = 0.5
 def run(config: RunConfig) -> None:
     """Run the suite."""
     lm = common.open_lm(config.lm)
-    work = measured.begin(config, lm, {"seed": config.eval.seed}, only_saes=True)
+    words = vocabulary_words(lm)
+    # Figures are means over letters.
+    enough = len(measurable(words, first_letters(words), seed=config.eval.seed)) >= 2
+    work = measured.begin(config, lm, {"seed": config.eval.seed}, check=_check_kinds, needs_saes=enough)
     if work is None:
         return
-    words = vocabulary_words(lm)
-    rows = _measure(config, lm, work, words) if _enough(words) else []
+    rows = _measure(config, lm, work, words) if enough else []
     message = _message(lm, words, rows)
-    columns = [*measured.IDENTITY, "fraction", "full", "n_main", "n_letters", "probe_f1"]
+    columns = [*measured.identity(rows), "fraction", "full", "n_main", "n_letters", "probe_f1"]
     table = [row | {"n_letters": len(row["letters"])} for row in rows]
     status = "too_few_words" if not rows else "letters_unknown" if message else "measured"
-    work.finish({"saes": rows, "status": status, "message": message, "n_words": len(words)}, table, columns, message)
+    result = {"saes": rows, "status": status, "message": message, "n_words": len(words)}
+    work.finish(result, [measured.Table(config.suite, columns, table)], message)
 
 
 def _measure(config: RunConfig, lm: LanguageModel, work: measured.Work, words: list[str]) -> list[dict[str, Any]]:
@@ -60,10 +68,13 @@ def _measure(config: RunConfig, lm: LanguageModel, work: measured.Work, words: l
     return rows
 
 
-def _enough(words: list[str]) -> bool:
-    """Whether two letters or more can have enough train words."""
-    letters = first_letters(words)
-    return sum(letters.count(letter) >= Thresholds().min_words for letter in set(letters)) >= 2
+def _check_kinds(saes: Sequence[SAESpec | SAEConfig]) -> None:
+    for sae in saes:
+        if sae.site.kind != "sae":
+            raise UserError(
+                f"suite=absorption measures SAEs of one hook point, not {sae.hook_name!r}, a {sae.site.kind}: name the "
+                "SAEs, eval.saes=[folder,...]."
+            )
 
 
 def _message(lm: LanguageModel, words: list[str], rows: list[dict[str, Any]]) -> str | None:
@@ -71,7 +82,8 @@ def _message(lm: LanguageModel, words: list[str], rows: list[dict[str, Any]]) ->
     if not rows:
         return (
             f"the tokenizer of {lm.name!r} has {len(words)} words as one token, too few to measure absorption on: it "
-            f"takes {Thresholds().min_words} or more for each first letter; use a model with a larger vocabulary."
+            f"takes {Thresholds().min_words} or more to train on for each of two first letters or more; use a model "
+            "with a larger vocabulary."
         )
     best = max(row["probe_f1"] for row in rows)
     if not best >= KNOWN_F1:

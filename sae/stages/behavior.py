@@ -18,7 +18,7 @@ from sae.behavior.results import CausalReport
 from sae.behavior.settings import BehaviorSettings
 from sae.config import RunConfig
 from sae.errors import UserError, unknown
-from sae.files import sha256_file, sha256_json, to_plain, write_json, write_manifest
+from sae.files import sha256_json, to_plain, write_json, write_manifest
 from sae.lm.model import LanguageModel
 from sae.organism.corpus import BEHAVIORS, contrast_records
 from sae.report.progress import Progress
@@ -100,7 +100,7 @@ def ensure_behaviors(config: RunConfig, lm: LanguageModel) -> dict[str, Any]:
     folder = config.folder / "behavior"
     settings = make_settings(config)
     inputs = {"lm": common.model_key(lm)} | {name: sha256_json(item.records) for name, item in contrasts.items()}
-    inputs |= {str(path): sha256_file(path / "weights.safetensors") for path in paths}
+    inputs |= common.sae_inputs(paths, folder)
     if common.skip(config, folder, settings, inputs):
         return common.read_result(folder)
     saes = [SAE.load(path, device=lm.device) for path in paths]

@@ -3,11 +3,11 @@
 import hashlib
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sae.autoencoder.sae import SAE
+from sae.autoencoder.sae import CONFIG_FILE, WEIGHTS_FILE, SAEConfig
 from sae.autoencoder.site import PLUS, Site
 from sae.config import DataConfig, LMConfig, RunConfig
 from sae.errors import UserError
@@ -66,13 +66,12 @@ def eval_folder(config: RunConfig) -> Path:
     return config.folder / "eval" / ("given" if config.eval.saes else "")
 
 
-def check_belongs(lm: LanguageModel, sae: SAE, path: Path, *, force: bool) -> None:
+def check_belongs(lm: LanguageModel, config: SAEConfig, path: Path, *, force: bool) -> None:
     """Refuse an SAE that does not fit the model, or was trained on another one.
 
     Raises:
         UserError: a hook point or width that differs; or, unless `force`, another model's fingerprint.
     """
-    config = sae.config
     for names, width in ((config.site.reads, config.d_in), (config.site.writes, config.width_out)):
         for name in names:
             check_hook(lm, name)
@@ -203,6 +202,18 @@ def noted_hash(file: Path, folder: Path, name: str) -> str:
         return sha256_file(file)
     manifest = folder / MANIFEST
     return str(read_json(manifest)["inputs"].get(name, "")) if manifest.is_file() else ""
+
+
+def sae_inputs(paths: Iterable[Path], folder: Path) -> dict[str, str]:
+    """Saved SAEs as inputs of a stage that works in `folder` (see `noted_hash`).
+
+    The weights are named by the SAE's path, its config by that file's: the k of a top-k SAE is in no other place.
+    """
+    inputs = {}
+    for path in paths:
+        for name, file in ((str(path), path / WEIGHTS_FILE), (str(path / CONFIG_FILE), path / CONFIG_FILE)):
+            inputs[name] = noted_hash(file, folder, name)
+    return inputs
 
 
 def say_waiting() -> None:

@@ -7,6 +7,7 @@ held-out tokens: decoder norms, and latent scaling, which exposes exclusive late
 `sae.evals.latent_scaling`). Writes `<run>/eval/diff/result.json` and, beside it, a file of tensors a crosscoder.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,23 +15,21 @@ from torch import Tensor
 
 from sae.activations.harvest import Passes
 from sae.autoencoder.crosscoder import Crosscoder
-from sae.autoencoder.sae import SAE
+from sae.autoencoder.sae import SAE, SAEConfig
+from sae.autoencoder.site import Site
 from sae.config import RunConfig
 from sae.errors import UserError
 from sae.evals.latent_scaling import LatentScaling, LatentScalingMeter, Thresholds, Verdicts, judge, summarise
-from sae.files import write_tensors
 from sae.lm.pair import PREFIX, PairedModel, is_pairs, names_of
 from sae.lm.tokens import PackedTokens
 from sae.report.progress import Progress
 from sae.report.terminal import summary_table
 from sae.stages import common, measured
-from sae.stages.harvest import ensure_tokens
-from sae.stages.measured import Measured
+from sae.train.grid import SAESpec
 
 LISTED = 20
 """Latents named in `result.json`, those nearest to being one model's; all are in the tensors."""
 PRINTED = 3
-ABOUT = list(measured.IDENTITY)
 COUNTED = ["shared", "first", "confirmed first", "pair", "confirmed pair", "between", "rare"]
 
 
@@ -44,33 +43,35 @@ def run(config: RunConfig) -> None:
         raise UserError("suite=diff compares two models: name the second one, lm.pair=<name or path>.")
     lm = common.open_lm(config.lm)
     assert isinstance(lm, PairedModel)
-    tokens = ensure_tokens(config, lm)
     thresholds = Thresholds()
-    settings = {"include_special": config.data.include_special, "thresholds": thresholds}
-    work = measured.begin(config, lm, settings, {"tokens": tokens.fingerprint})
+    work = measured.find(config, lm, {"thresholds": thresholds}, held_out=True, check=_check_sites)
     if work is None:
         return
-    crosscoders = _of_both(work.saes)
-    scalings = _measure(lm, [item.sae for item in crosscoders], tokens.corpus.held_out, config)
+    work.configs = {path: one for path, one in work.configs.items() if _of_both(one.site)}
+    work.open()
+    scalings = _measure(lm, [item.sae for item in work.saes], work.held_out, config)
     records = []
-    for number, (item, scaling) in enumerate(zip(crosscoders, scalings, strict=True)):
-        file = f"latents/{number:04d}.safetensors"
-        write_tensors(work.folder / file, _tensors(scaling, thresholds))
+    for item, scaling in zip(work.saes, scalings, strict=True):
+        file = work.write_tensors(_tensors(scaling, thresholds))
         records.append(item.about() | _record(scaling, thresholds) | {"tensors": file})
     models = names_of(lm)
     result = {"first": models[""], "pair": models[PREFIX], "thresholds": thresholds, "crosscoders": records}
-    work.finish(result, [_row(record) for record in records], [*ABOUT, *COUNTED], _note(records, models, thresholds))
+    about = measured.identity(records)
+    table = measured.Table(config.suite, [*about, *COUNTED], [record | _counts(record) for record in records])
+    work.finish(result, [table], _note(records, about, models, thresholds))
 
 
-def _of_both(saes: list[Measured]) -> list[Measured]:
-    """The crosscoders that read both models."""
-    found = [item for item in saes if len({is_pairs(name) for name in item.sae.config.site.reads}) == 2]
-    if not found:
+def _of_both(site: Site) -> bool:
+    """Whether a site is a crosscoder's that reads both models."""
+    return len({is_pairs(name) for name in site.reads}) == 2
+
+
+def _check_sites(saes: Sequence[SAESpec | SAEConfig]) -> None:
+    if not any(_of_both(sae.site) for sae in saes):
         raise UserError(
             f"none of the {len(saes)} SAEs reads both models: leave sae.sites out, or cross a hook point with the "
             f"second model's, sae.sites=[blocks.1.hook_resid_post+{PREFIX}blocks.1.hook_resid_post]."
         )
-    return found
 
 
 def _measure(lm: PairedModel, saes: list[SAE], held_out: PackedTokens, config: RunConfig) -> list[LatentScaling]:
@@ -142,26 +143,26 @@ def _verdict(verdicts: Verdicts, latent: int) -> str:
     return " ".join(names) or "confirmed"
 
 
-def _row(record: dict[str, Any]) -> dict[str, Any]:
-    """A row of the table."""
+def _counts(record: dict[str, Any]) -> dict[str, int]:
+    """A record's counts, as columns of the table."""
     first, pair = record["first_only"], record["pair_only"]
     exclusive = (first["by_norm"], first["confirmed"], pair["by_norm"], pair["confirmed"])
     counts = (record["shared"], *exclusive, record["between"], record["rare"])
-    return {name: record[name] for name in ABOUT} | dict(zip(COUNTED, counts, strict=True))
+    return dict(zip(COUNTED, counts, strict=True))
 
 
-def _note(records: list[dict[str, Any]], models: dict[str, str], thresholds: Thresholds) -> str:
+def _note(records: list[dict[str, Any]], about: list[str], models: dict[str, str], thresholds: Thresholds) -> str:
     """The least shared latents, and what the columns mean."""
+    apart = [name for name in about if len({record[name] for record in records}) > 1]
     least = [
-        {"hook_name": record["hook_name"], "architecture": record["architecture"], "d_sae": record["d_sae"], **latent}
+        {name: record[name] for name in apart} | latent
         for record in records
         for side in ("first_latents", "pair_latents")
         for latent in record[side][:PRINTED]
     ]
     table = ""
     if least:
-        columns = [name for name in least[0] if name != "hook_name"]
-        table = f"\nthe least shared latents:\n{summary_table(least, columns)}\n"
+        table = f"\nthe least shared latents:\n{summary_table(least, list(least[0]))}\n"
     low, high = thresholds.exclusive, 1 - thresholds.exclusive
     return (
         f"{table}first: latents of {models['']} by their relative norm (< {low:g}); pair: of {models[PREFIX]} "

@@ -55,7 +55,7 @@ def ensure_evaluated(config: RunConfig, lm: LanguageModel) -> list[dict[str, Any
     settings = {name: getattr(config.eval, name) for name in ("batch_tokens", "splice", "saes", "force")}
     settings |= {"include_special": config.data.include_special}
     inputs = {"lm": common.model_key(lm), "tokens": tokens.fingerprint}
-    inputs |= {str(path): common.noted_hash(path / WEIGHTS_FILE, folder, str(path)) for path in found.paths}
+    inputs |= common.sae_inputs(found.paths, folder)
     inputs |= start_inputs(folder, found.specs, start)
     saes: dict[Path, SAE] = {}
     starts = _starts(start, found.specs)
@@ -107,7 +107,7 @@ def _load(config: RunConfig, lm: LanguageModel, paths: list[Path], starts: list[
     if config.eval.saes or starts:
         for path, sae in saes.items():
             # An SAE that training goes on from may well be another model's: that is what it is trained for.
-            common.check_belongs(lm, sae, path, force=config.eval.force or path in starts)
+            common.check_belongs(lm, sae.config, path, force=config.eval.force or path in starts)
     return saes
 
 

@@ -18,11 +18,9 @@ from sae.autoencoder.sae import SAE
 from sae.config import RunConfig
 from sae.evals.geometry import Geometry, geometry
 from sae.evals.meta_sae import MetaSAEResult, meta_sae
-from sae.files import write_tensors
 from sae.report.progress import Progress
 from sae.stages import common, measured
 from sae.stages.evaluate import measure_reconstruction
-from sae.stages.harvest import ensure_tokens
 from sae.stages.measured import Measured
 from sae.train.baseline import random_like
 from sae.train.grid import SAESpec
@@ -40,36 +38,33 @@ QUANTILES = (0.05, 0.5, 0.95)
 def run(config: RunConfig) -> None:
     """Run the suite."""
     lm = common.open_lm(config.lm)
-    tokens = ensure_tokens(config, lm)
     settings = {"meta_steps": config.eval.meta_steps, "seed": config.eval.seed}
-    settings |= {"include_special": config.data.include_special}
-    work = measured.begin(config, lm, settings, {"tokens": tokens.fingerprint})
+    work = measured.begin(config, lm, settings, held_out=True)
     if work is None:
         return
-    found = measure_reconstruction(lm, [item.sae for item in work.saes], tokens.corpus.held_out, config)
+    found = measure_reconstruction(lm, [item.sae for item in work.saes], work.held_out, config)
     rows: list[dict[str, Any]] = []
     with Progress(2 * config.eval.meta_steps * len(work.saes), "train meta-SAEs", unit="step") as bar:
         for item, seen in zip(work.saes, found, strict=True):
             alive = seen.density > 0
             meta = _meta(config, item.sae, alive, bar.update)
-            rows.append(_measure(work, item, alive, len(rows)) | _about_meta(meta))
+            rows.append(_measure(work, item, alive) | _about_meta(meta))
             if work.wants_baselines:
                 random = Measured(random_like(item.sae), item.path, measured.RANDOM, on_the_spot=True)
                 # As many random rows as this SAE has latents alive were a meta-SAE's already.
                 same = None if meta is None else meta._replace(fve=meta.fve_random)
                 everything = torch.ones(item.sae.config.d_sae, dtype=torch.bool)
-                rows.append(_measure(work, random, everything, len(rows)) | _about_meta(same))
+                rows.append(_measure(work, random, everything) | _about_meta(same))
     medians = ("neighbor_cosine", "enc_dec_cosine")
     table = [row | {name: row[name]["median"] for name in medians} for row in rows]
-    columns = [*measured.IDENTITY, "n_alive", *medians, "meta_fve", "meta_fve_random"]
-    work.finish({"saes": rows}, table, columns)
+    columns = [*measured.identity(rows), "n_alive", *medians, "meta_fve", "meta_fve_random"]
+    work.finish({"saes": rows}, [measured.Table(config.suite, columns, table)])
 
 
-def _measure(work: measured.Work, item: Measured, alive: Bool[Tensor, " d_sae"], number: int) -> dict[str, Any]:
+def _measure(work: measured.Work, item: Measured, alive: Bool[Tensor, " d_sae"]) -> dict[str, Any]:
     """An SAE's geometry, over the latents that are alive."""
     found = geometry(item.sae)
-    name = f"latents/{number}.safetensors"
-    write_tensors(work.folder / name, found._asdict() | {"alive": alive})
+    name = work.write_tensors(found._asdict() | {"alive": alive})
     return item.about() | {"n_alive": int(alive.sum()), **_summary(found, alive), "latents": name}
 
 

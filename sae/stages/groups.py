@@ -1,15 +1,14 @@
 """Which SAEs can be compared with each other: those that differ in nothing but their size and their seed."""
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sae.autoencoder.sae import SAE
-from sae.autoencoder.site import Site
+from sae.autoencoder.sae import SAEConfig
 from sae.errors import UserError
-from sae.lm.model import LanguageModel
-from sae.stages.common import check_belongs
-from sae.train.controls import TRAINED
+from sae.train.controls import NO_CONTROL, control_of
 
 
 class NothingToRelate(UserError):
@@ -24,6 +23,10 @@ class Group:
     architecture: str
     l0: float
     control: str
+    """`NO_CONTROL`, or the control they are."""
+    skip: bool
+    options: dict[str, Any]
+    """Of the architecture, where they differ from its defaults."""
     paths: dict[tuple[int, int], Path] = field(default_factory=dict)
     """By d_sae and seed."""
 
@@ -34,14 +37,18 @@ class Group:
             "hook_name": self.hook_name,
             "architecture": self.architecture,
             "l0_target": self.l0,
-            "control": self.control or "none",
+            "control": self.control,
+            "skip": self.skip,
+            "options": self.options,
         }
 
     @property
-    def file(self) -> str:
-        """The beginning of its files' names."""
-        control = f"-{self.control}" if self.control else ""
-        return f"{Site.parse(self.hook_name).folder}-{self.architecture}-l0_{self.l0:g}{control}"
+    def title(self) -> str:
+        """What names it to a reader."""
+        parts = [self.hook_name, self.architecture, f"L0 {self.l0:g}"]
+        parts += [f"control {self.control}"] if self.control != NO_CONTROL else []
+        options = in_words(self.skip, self.options)
+        return ", ".join([*parts, options] if options else parts)
 
     def sizes(self) -> dict[int, list[int]]:
         """The sizes of each seed, narrowest first."""
@@ -58,26 +65,28 @@ class Group:
         return any(len(found) > 1 for found in (*self.sizes().values(), *self.seeds().values()))
 
 
-def find_groups(lm: LanguageModel, paths: list[Path], *, force: bool) -> list[Group]:
-    """Sort SAEs into groups of one site, architecture, L0 and control, hook point after hook point.
+def in_words(skip: bool, options: Mapping[str, Any]) -> str:
+    """A group's options as a table has them; empty where there are none."""
+    return ", ".join([*(["skip"] if skip else []), *(f"{name}={value}" for name, value in options.items())])
+
+
+def find_groups(configs: Mapping[Path, SAEConfig]) -> list[Group]:
+    """Sort SAEs into groups of one site, architecture, L0, control and options, hook point after hook point.
 
     Args:
-        lm: whose they should be.
-        paths: their folders.
-        force: also take SAEs of another model of the same width.
+        configs: what they are, by their folders.
 
     Raises:
         NothingToRelate: no group with two.
-        UserError: one that does not belong, or two of the same size and seed in a group.
+        UserError: two of the same size and seed in a group.
     """
-    groups: dict[tuple[str, str, float, str], Group] = {}
-    for path in paths:
-        sae = SAE.load(path)
-        check_belongs(lm, sae, path, force=force)
-        config = sae.config
-        control = str(config.metadata.get("training", {}).get("control", TRAINED))
-        key = (config.hook_name, config.architecture, float(config.l0), control)
-        found = groups.setdefault(key, Group(*key))
+    groups: dict[str, Group] = {}
+    for path, config in configs.items():
+        control = control_of(config) or NO_CONTROL
+        group = Group(
+            config.hook_name, config.architecture, float(config.l0), control, config.skip, dict(config.options)
+        )
+        found = groups.setdefault(json.dumps(group.record, sort_keys=True), group)
         other = found.paths.setdefault((config.d_sae, config.seed), path)
         if other != path:
             raise UserError(
@@ -86,7 +95,7 @@ def find_groups(lm: LanguageModel, paths: list[Path], *, force: bool) -> list[Gr
             )
     if not any(group.is_related() for group in groups.values()):
         raise NothingToRelate(
-            f"no two of the {len(paths)} SAEs share hook point, architecture and L0: name several sizes or seeds of "
-            "one, eval.saes=[folder,folder]."
+            f"no two of the {len(configs)} SAEs share hook point, architecture, L0 and options: name several sizes or "
+            "seeds of one, eval.saes=[folder,folder]."
         )
     return sorted(groups.values(), key=lambda group: group.hook_name)

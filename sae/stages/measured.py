@@ -2,27 +2,36 @@
 
 The SAEs are the run's own (trained first where they are not) or those that `eval.saes` names. Where none of them is a
 control, most suites put a random SAE beside each (`sae.train.baseline`), so that no figure stands alone.
+
+Refusals come before any text is read and anything trained, or at least before an older result is touched.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sae.autoencoder.sae import SAE, WEIGHTS_FILE
-from sae.autoencoder.site import Site
+from torch import Tensor
+
+from sae.autoencoder.sae import SAE, SAEConfig, read_config
 from sae.config import RunConfig
-from sae.errors import UserError
-from sae.files import sha256_file, write_json, write_manifest
+from sae.files import write_json, write_manifest, write_tensors
 from sae.lm.model import LanguageModel
+from sae.lm.tokens import PackedTokens
 from sae.report.terminal import summary_table
 from sae.stages import common
+from sae.stages.harvest import Tokens, ensure_tokens
 from sae.stages.train import ensure_trained, make_grid
 from sae.train.controls import NO_CONTROL, control_of
+from sae.train.grid import SAESpec
 
 RANDOM = "random"
-IDENTITY = ("hook_name", "architecture", "d_sae", "control")
-"""Columns that tell the rows of a table apart."""
+LATENTS = "latents"
+"""Folder of a suite's tensors."""
+
+Check = Callable[[Sequence[SAESpec | SAEConfig]], object]
+"""Raises a `UserError` where a suite cannot measure these SAEs, to be trained or there already."""
 
 
 class Measured(NamedTuple):
@@ -51,6 +60,14 @@ class Measured(NamedTuple):
         }
 
 
+class Table(NamedTuple):
+    """What is printed, and put into the metric sink; nothing where there is no row."""
+
+    name: str
+    columns: Sequence[str]
+    rows: Sequence[dict[str, Any]]
+
+
 @dataclass
 class Work:
     """A suite that is to be done: its SAEs, its folder, and what its manifest will say."""
@@ -59,38 +76,73 @@ class Work:
     folder: Path
     settings: dict[str, Any]
     inputs: dict[str, str]
-    saes: list[Measured]
+    configs: dict[Path, SAEConfig]
+    """What is measured, by its folder."""
     clock: common.Clock
+    tokens: Tokens | None
+    device: str
+    """Where SAEs are held."""
+    saes: list[Measured] = field(default_factory=list)
+    """The SAEs, once `open` has loaded them."""
+    n_files: int = 0
+
+    @property
+    def held_out(self) -> PackedTokens:
+        """The held-out tokens, of a suite that said it reads them."""
+        assert self.tokens is not None
+        return self.tokens.corpus.held_out
 
     @property
     def wants_baselines(self) -> bool:
         """Whether random SAEs are to be made: the run has no controls of its own."""
         return all(item.control == NO_CONTROL for item in self.saes)
 
-    def finish(
-        self,
-        result: Mapping[str, Any],
-        rows: Sequence[Mapping[str, Any]],
-        columns: Sequence[str],
-        note: str | None = None,
-    ) -> None:
-        """Write the result and its manifest, and print a table.
+    def open(self, hold: bool = True) -> None:
+        """Load the SAEs; then open the folder for writing, which counts as unfinished from here on.
 
         Args:
-            result: what `result.json` holds, besides `schema_version` and `wall_s`.
-            rows: of the table, which is printed where it has any.
-            columns: of the table.
-            note: printed below it.
+            hold: keep them all in `saes`. False only tries each of them, for a suite that loads a few at a time.
+
+        Raises:
+            UserError: an SAE whose weights are missing or spoilt; the folder is as it was.
+        """
+        for path in self.configs:
+            sae = SAE.load(path, self.device if hold else "cpu")
+            if hold:
+                self.saes.append(Measured(sae, path, control_of(sae.config) or NO_CONTROL))
+        common.skip(self.config, self.folder, self.settings, self.inputs)
+        shutil.rmtree(self.folder / LATENTS, ignore_errors=True)  # of an earlier result, maybe of more SAEs
+
+    def write_tensors(self, tensors: Mapping[str, Tensor]) -> str:
+        """Write figures of every latent into a file of the folder; return its name, for the result.
+
+        Files are numbered: what they are about may be too long for a name.
+        """
+        name = f"{LATENTS}/{self.n_files:04d}.safetensors"
+        write_tensors(self.folder / name, tensors)
+        self.n_files += 1
+        return name
+
+    def finish(self, result: Mapping[str, Any], tables: Sequence[Table], note: str | None = None) -> None:
+        """Write the result and its manifest, and print the tables.
+
+        Args:
+            result: what `result.json` holds, besides `schema_version`, `suite` and `wall_s`.
+            tables: those that have rows are printed.
+            note: printed below them.
         """
         suite, path = self.config.suite, self.folder / "result.json"
-        write_json(path, {"schema_version": 1, "suite": suite, **result, "wall_s": self.clock.seconds()})
+        wall = self.clock.seconds()
+        filled = [table for table in tables if table.rows]
+        write_json(path, {"schema_version": 1, "suite": suite, **result, "wall_s": wall})
         with common.open_sink(self.config, self.folder, f"eval-{suite}") as sink:
-            sink.table(suite, list(columns), [[row.get(name) for name in columns] for row in rows])
+            for name, columns, rows in filled:
+                sink.table(name, list(columns), [[row.get(column) for column in columns] for row in rows])
         write_manifest(self.folder, "eval", self.settings, self.inputs)
-        for text in (summary_table(rows, columns) if rows else None, note):
+        for text in (*(summary_table(table.rows, table.columns) for table in filled), note):
             if text:
                 print(text)
-        print(f"{path}: {len(self.saes) if rows else 0} SAEs in {self.clock.seconds():.1f} s")
+        print(f"{path}: {len(self.configs)} SAEs in {wall:.1f} s")
 
 
 def begin(
@@ -98,41 +150,70 @@ def begin(
     lm: LanguageModel,
     settings: Mapping[str, Any],
     inputs: Mapping[str, str] | None = None,
-    only_saes: bool = False,
+    *,
+    held_out: bool = False,
+    check: Check = lambda saes: None,
+    needs_saes: bool = True,
 ) -> Work | None:
-    """Find the SAEs and open the suite's folder; None when it was done before.
+    """`find` the SAEs, load all of them and open the suite's folder; None when it was done before."""
+    work = find(config, lm, settings, inputs, held_out=held_out, check=check, needs_saes=needs_saes)
+    if work is not None:
+        work.open()
+    return work
+
+
+def find(
+    config: RunConfig,
+    lm: LanguageModel,
+    settings: Mapping[str, Any],
+    inputs: Mapping[str, str] | None = None,
+    *,
+    held_out: bool = False,
+    check: Check = lambda saes: None,
+    needs_saes: bool = True,
+) -> Work | None:
+    """Find the SAEs, without their weights, and leave the suite's folder as it is; None when it was done before.
 
     Args:
         config: the run.
         lm: the model.
         settings: what the result depends on, of the configuration, besides the SAEs.
-        inputs: what it depends on besides the model and the SAEs, as hashes.
-        only_saes: whether transcoders and crosscoders are refused.
+        inputs: what it depends on besides the model, the SAEs and the held-out tokens, as hashes.
+        held_out: whether it depends on the held-out tokens.
+        check: refuses SAEs that the suite cannot measure, before any text is read or anything trained.
+        needs_saes: False where the model alone shows that nothing can be measured: nothing is trained then.
 
     Raises:
-        UserError: an SAE that is not there, does not fit the model, or is not of the kind that the suite measures.
+        UserError: an SAE that is not there, does not fit the model, or does not pass the check.
     """
-    given = [Path(text) for text in config.eval.saes]
-    if only_saes and not given:
-        _check_kinds(config, (spec.hook_name for spec in make_grid(config, lm)))
-    paths = given or ensure_trained(config, lm)
+    given = list(dict.fromkeys(Path(text) for text in config.eval.saes))
+    configs = {path: read_config(path) for path in given}
+    for path, one in configs.items():
+        common.check_belongs(lm, one, path, force=config.eval.force)
+    check([*configs.values()] if given else make_grid(config, lm))
+    if not needs_saes:
+        configs = {}
+    elif not given:
+        configs = {path: read_config(path) for path in ensure_trained(config, lm)}
+    tokens = ensure_tokens(config, lm) if held_out else None
     clock = common.Clock()
-    found = {"lm": common.model_key(lm)} | dict(inputs or {})
-    found |= {str(path): sha256_file(path / WEIGHTS_FILE) for path in paths}
     folder = common.eval_folder(config) / config.suite
-    known = {"suite": config.suite, "saes": config.eval.saes, "force": config.eval.force, **settings}
-    # Before anything is touched: an SAE that does not fit leaves the old result as it was.
-    saes = [SAE.load(path, device=lm.device) for path in paths]
-    for path, sae in zip(paths, saes, strict=True):
-        common.check_belongs(lm, sae, path, force=config.eval.force)
-    if only_saes:
-        _check_kinds(config, (sae.config.hook_name for sae in saes))
-    if common.skip(config, folder, known, found):
+    known = {"suite": config.suite, "saes": [str(path) for path in given], "force": config.eval.force, **settings}
+    found = {"lm": common.model_key(lm)} | dict(inputs or {}) | common.sae_inputs(configs, folder)
+    if tokens is not None:
+        known["include_special"] = config.data.include_special
+        found["tokens"] = tokens.fingerprint
+    if common.is_kept(config, folder, known, found):
+        common.skip(config, folder, known, found)
         return None
-    measured = [
-        Measured(sae, path, control_of(sae.config) or NO_CONTROL) for path, sae in zip(paths, saes, strict=True)
-    ]
-    return Work(config, folder, known, found, measured, clock)
+    return Work(config, folder, known, found, configs, clock, tokens, lm.device)
+
+
+def identity(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Columns that tell the rows of a table apart: target L0 and seed where the SAEs on disk differ in them."""
+    saes = [row for row in rows if row["path"] is not None]
+    names = [name for name in ("l0_target", "seed") if len({row[name] for row in saes}) > 1]
+    return ["hook_name", "architecture", "d_sae", *names, "control"]
 
 
 def beside(saes: Sequence[Measured], randoms: Sequence[SAE]) -> Iterator[Measured]:
@@ -140,13 +221,3 @@ def beside(saes: Sequence[Measured], randoms: Sequence[SAE]) -> Iterator[Measure
     for item, random in zip(saes, randoms, strict=True):
         yield item
         yield Measured(random, item.path, RANDOM, on_the_spot=True)
-
-
-def _check_kinds(config: RunConfig, hook_names: Iterable[str]) -> None:
-    for name in hook_names:
-        kind = Site.parse(name).kind
-        if kind != "sae":
-            raise UserError(
-                f"suite={config.suite} measures SAEs of one hook point, not {name!r}, a {kind}: name the SAEs, "
-                "eval.saes=[folder,...]."
-            )

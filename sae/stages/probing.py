@@ -13,18 +13,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from sae.autoencoder.sae import SAE
+from sae.autoencoder.sae import SAE, SAEConfig
 from sae.config import RunConfig
 from sae.errors import UserError
 from sae.evals.labelled import Labelled, read_labelled
 from sae.evals.pooling import Pooled, pool, read_mask, tokens_read
-from sae.evals.probing import Score, check_split, held_out_rows, k_sparse_probing
+from sae.evals.probing import Score, check_ks, check_split, held_out_rows, k_sparse_probing
 from sae.files import sha256_file
 from sae.lm.model import LanguageModel
-from sae.lm.tokens import TokenBatch, by_length
+from sae.lm.tokens import TokenBatch, by_length, sae_mask
 from sae.report.progress import Progress
 from sae.stages import common, measured
 from sae.train.baseline import random_like
+from sae.train.grid import SAESpec
 
 SAMPLE_TOKENS = 8_192
 """Tokens, of texts drawn by chance, that the L0 of random SAEs is set on."""
@@ -45,10 +46,14 @@ def run(config: RunConfig) -> None:
     data = read_labelled(options.labels)
     _check_splits(data, options.seed, options.labels)
     lm = common.open_lm(config.lm)
-    texts = _read_texts(lm, data, options.batch_tokens, options.labels)
+    texts = _read_texts(config, lm, data)
     settings = {"position": options.position, "ks": options.ks, "seed": options.seed}
     settings |= {"include_special": config.data.include_special}
-    work = measured.begin(config, lm, settings, {"labels": sha256_file(options.labels)})
+
+    def check(saes: Sequence[SAESpec | SAEConfig]) -> None:
+        check_ks(options.ks, min(sae.d_sae for sae in saes))
+
+    work = measured.begin(config, lm, settings, {"labels": sha256_file(options.labels)}, check=check)
     if work is None:
         return
     items = work.saes
@@ -70,7 +75,8 @@ def run(config: RunConfig) -> None:
     ]
     table = [row | _figures(result) for row in rows for result in row["labels"]]
     result = {"saes": rows, "n_texts": len(data.texts), "n_groups": len(set(data.groups)), "grouped": data.grouped}
-    work.finish(result | {"position": options.position}, table, [*measured.IDENTITY, "l0", *_figures(found[0][0])])
+    columns = [*measured.identity(rows), "l0", *_figures(found[0][0])]
+    work.finish(result | {"position": options.position}, [measured.Table(config.suite, columns, table)])
 
 
 def _check_splits(data: Labelled, seed: int, where: str) -> None:
@@ -86,8 +92,8 @@ def _check_splits(data: Labelled, seed: int, where: str) -> None:
             ) from None
 
 
-def _read_texts(lm: LanguageModel, data: Labelled, batch_tokens: int, where: str) -> _Texts:
-    tokens = lm.tokenize(data.texts)
+def _read_texts(config: RunConfig, lm: LanguageModel, data: Labelled) -> _Texts:
+    where, tokens = config.eval.labels, lm.tokenize(data.texts)
     lengths = tokens.mask.sum(1)
     longest = int(lengths.argmax())
     if int(lengths[longest]) > lm.ctx_len:
@@ -95,7 +101,13 @@ def _read_texts(lm: LanguageModel, data: Labelled, batch_tokens: int, where: str
             f"{where!r}, record {longest + 1} is {int(lengths[longest])} tokens long, but {lm.name!r} reads "
             f"{lm.ctx_len}: shorten or remove it."
         )
-    rows = list(by_length(lengths, batch_tokens))
+    empty = (~sae_mask(tokens.roles, config.data.include_special).any(dim=1)).nonzero()[:, 0].tolist()
+    if empty:
+        raise UserError(
+            f"{where!r}, record {empty[0] + 1} has no token that an SAE sees, only BOS, EOS and the like "
+            f"({data.texts[empty[0]]!r}): give it a word, or remove it."
+        )
+    rows = list(by_length(lengths, config.eval.batch_tokens))
     return _Texts(data.take(torch.cat(rows).tolist()), [tokens.select(part).to(lm.device) for part in rows])
 
 

@@ -8,8 +8,8 @@ all sizes of one seed: family trees; between the seeds of one size: how well eac
 beside those of random rows with the second moment of the decoders (null="data").
 """
 
+import dataclasses
 import itertools
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,14 +31,13 @@ from sae.evals.relations import (
     seed_stability,
     stitching,
 )
-from sae.files import sha256_file, to_plain, write_json, write_manifest, write_tensors
+from sae.files import to_plain
 from sae.lm.model import LanguageModel
+from sae.lm.tokens import PackedTokens
 from sae.report.progress import Progress
-from sae.report.terminal import summary_table
-from sae.stages import common
-from sae.stages.groups import Group, NothingToRelate, find_groups
-from sae.stages.harvest import ensure_tokens
-from sae.stages.train import ensure_trained
+from sae.stages import common, measured
+from sae.stages.groups import Group, NothingToRelate, find_groups, in_words
+from sae.stages.measured import Table, Work
 
 SUITE = "relations"
 THRESHOLD = 0.7
@@ -68,66 +67,55 @@ def check_enough(config: RunConfig) -> None:
         )
 
 
-def ensure_related(config: RunConfig, lm: LanguageModel) -> dict[str, Any]:
-    """Relate the run's SAEs, or those of `eval.saes`; or read what was found. Return the stage's result.
+def ensure_related(config: RunConfig, lm: LanguageModel) -> None:
+    """Relate the run's SAEs, or those of `eval.saes`, where that was not done before.
 
     Raises:
         NothingToRelate: no two SAEs to compare.
-        UserError: two of one group's size and seed, or one that `check_belongs` refuses.
+        UserError: two of one group's size and seed, or one that `measured.find` refuses.
     """
     check_enough(config)
-    paths = [Path(text) for text in config.eval.saes] or ensure_trained(config, lm)
-    clock = common.Clock()
-    tokens = ensure_tokens(config, lm)
-    folder = common.eval_folder(config) / SUITE
-    settings = {"suite": SUITE, "include_special": config.data.include_special, "threshold": THRESHOLD, "floor": FLOOR}
-    inputs = {"lm": common.model_key(lm), "tokens": tokens.fingerprint}
-    inputs |= {str(path): sha256_file(path / "weights.safetensors") for path in paths}
-    groups = find_groups(lm, paths, force=config.eval.force or not config.eval.saes)
-    if common.skip(config, folder, settings, inputs):
-        return common.read_result(folder)
-    shutil.rmtree(folder / "latents", ignore_errors=True)
-    held_out = HeldOut(config, lm)
-    result: dict[str, Any] = {"schema_version": 1, "pairs": [], "seeds": [], "families": [], "notes": []}
+    settings = {"threshold": THRESHOLD, "floor": FLOOR}
+    work = measured.find(dataclasses.replace(config, suite=SUITE), lm, settings, held_out=True)
+    if work is None:
+        return
+    groups = find_groups(work.configs)
+    work.open(hold=False)
+    held_out = HeldOut(config, lm, work.held_out)
+    result: dict[str, Any] = {"pairs": [], "seeds": [], "families": [], "notes": []}
     with Progress(len(groups), "relate SAEs", unit="group") as bar:
         for group in groups:
             if group.is_related():
-                _relate(group, lm, held_out, folder, result)
+                _relate(group, lm, held_out, work, result)
             else:
                 result["notes"].append(_alone(group))
             bar.update()
-    result = to_plain(result | {"wall_s": clock.seconds()})
-    write_json(folder / "result.json", result)
-    _log(config, folder, result)
-    write_manifest(folder, "eval", settings, inputs)
-    _print(result)
-    print(f"{folder / 'result.json'}: {len(paths)} SAEs in {result['wall_s']:.1f} s")
-    return result
+    result = to_plain(result)
+    work.finish(result, _tables(result), "\n".join(result["notes"]))
 
 
 def _alone(group: Group) -> str:
     size, seed = next(iter(group.paths))
     return (
-        f"{group.hook_name}, {group.architecture}, L0 {group.l0:g}: {size:,} latents of seed {seed} have nothing to be "
-        "compared with; sae.d_sae=[...] gives more sizes, sae.seed=[...] more seeds."
+        f"{group.title}: {size:,} latents of seed {seed} have nothing to be compared with; sae.d_sae=[...] gives more "
+        "sizes, sae.seed=[...] more seeds."
     )
 
 
 class HeldOut:
     """Activations of held-out tokens; those of one hook point are kept, so that the model is run once for each."""
 
-    def __init__(self, config: RunConfig, lm: LanguageModel) -> None:
-        self._config, self._lm = config, lm
+    def __init__(self, config: RunConfig, lm: LanguageModel, packed: PackedTokens) -> None:
+        self._config, self._lm, self._packed = config, lm, packed
         self._hook = ""
         self._acts: list[Tensor] = []
 
     def batches(self, hook_name: str, d_sae: int) -> Iterator[Tensor]:
         """Activations [n d_in], few enough at once for an SAE of so many latents."""
         if hook_name != self._hook:
-            packed = ensure_tokens(self._config, self._lm).corpus.held_out
             passes = Passes(
                 self._lm,
-                packed,
+                self._packed,
                 [hook_name],
                 batch_tokens=self._config.harvest.batch_tokens,
                 include_special=self._config.data.include_special,
@@ -138,17 +126,17 @@ class HeldOut:
             yield from acts.split(max(1, HELD_AT_ONCE // d_sae))
 
 
-def _relate(group: Group, lm: LanguageModel, held_out: HeldOut, folder: Path, result: dict[str, Any]) -> None:
+def _relate(group: Group, lm: LanguageModel, held_out: HeldOut, work: Work, result: dict[str, Any]) -> None:
     """Add a group's seeds, pairs and families to the result, and write their tensors."""
     stability: dict[tuple[int, int], Tensor] = {}
     for size, seeds in group.seeds().items():
         if len(seeds) > 1:
-            record, found = _compare_seeds(group, lm, size, seeds, folder)
+            record, found = _compare_seeds(group, lm, size, seeds, work)
             result["seeds"].append(record)
             stability |= found
     for seed, sizes in group.sizes().items():
         if len(sizes) > 1:
-            pairs, trees = _compare_sizes(group, lm, held_out, seed, sizes, folder)
+            pairs, trees = _compare_sizes(group, lm, held_out, seed, sizes, work)
             for level, size in zip(trees["levels"], sizes, strict=True):
                 kept = stability.get((size, seed))
                 level["stability"] = None if kept is None else rounded(kept)
@@ -157,13 +145,12 @@ def _relate(group: Group, lm: LanguageModel, held_out: HeldOut, folder: Path, re
 
 
 def _compare_seeds(
-    group: Group, lm: LanguageModel, size: int, seeds: list[int], folder: Path
+    group: Group, lm: LanguageModel, size: int, seeds: list[int], work: Work
 ) -> tuple[dict[str, Any], dict[tuple[int, int], Tensor]]:
     """How well the latents of one size recur: the record, and every latent's stability by size and seed."""
     paths = [group.paths[size, seed] for seed in seeds]
     found = seed_stability([SAE.load(path, lm.device) for path in paths], null="data")
-    file = f"latents/{group.file}-{size}-seeds.safetensors"
-    write_tensors(folder / file, {f"s{seed}": part for seed, part in zip(seeds, found.stability, strict=True)})
+    file = work.write_tensors({f"s{seed}": part for seed, part in zip(seeds, found.stability, strict=True)})
     record = group.record | {
         "d_sae": size,
         "seeds": seeds,
@@ -179,7 +166,7 @@ def _compare_seeds(
 
 
 def _compare_sizes(
-    group: Group, lm: LanguageModel, held_out: HeldOut, seed: int, sizes: list[int], folder: Path
+    group: Group, lm: LanguageModel, held_out: HeldOut, seed: int, sizes: list[int], work: Work
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """One seed's sizes: a record for every two that follow each other, and the trees over all of them."""
     saes = [SAE.load(group.paths[size, seed], lm.device) for size in sizes]
@@ -194,8 +181,6 @@ def _compare_sizes(
         stitched = None
         if small.config.site.kind == "sae":
             stitched = stitching(small, large, held_out.batches(group.hook_name, large.config.d_sae), THRESHOLD)
-        file = f"latents/{group.file}-s{seed}-{small.config.d_sae}-{large.config.d_sae}.safetensors"
-        write_tensors(folder / file, _tensors(found, stitched))
         has_parent = level.parent >= 0
         pairs.append(
             group.record
@@ -204,7 +189,7 @@ def _compare_sizes(
             | {name: getattr(found, name) for name in MATCH}
             | {"parents": share(has_parent), "floor": floor, "parent_cosine": float(level.cosine.mean())}
             | {"parent_null": null, "stitching": _summary(stitched)}
-            | {"latents": file}
+            | {"latents": work.write_tensors(_tensors(found, stitched))}
         )
     return pairs, group.record | _trees(trees, seed, [group.paths[size, seed] for size in sizes], nulls)
 
@@ -246,15 +231,8 @@ def _trees(trees: Families, seed: int, paths: list[Path], nulls: list[Null]) -> 
     return {"seed": seed, "floor": trees.floor, "by": "decoder", "levels": levels}
 
 
-def _log(config: RunConfig, folder: Path, result: dict[str, Any]) -> None:
-    """Put the tables into the metric sink."""
-    with common.open_sink(config, folder, "eval") as sink:
-        for name, columns, rows in _tables(result):
-            sink.table(f"relations_{name}", columns, [[row[column] for column in columns] for row in rows])
-
-
-def _tables(result: dict[str, Any]) -> list[tuple[str, list[str], list[dict[str, Any]]]]:
-    """The tables that have rows: name, columns, rows."""
+def _tables(result: dict[str, Any]) -> list[Table]:
+    """A row for every two sizes, and one for the seeds of every size."""
     pairs = []
     for pair in result["pairs"]:
         found = pair["stitching"] or {}
@@ -266,15 +244,17 @@ def _tables(result: dict[str, Any]) -> list[tuple[str, list[str], list[dict[str,
         flat = {name: sum(row[name]) / len(row[name]) for name in ("mean", "shared")}
         flat |= {"null": row["null"]["best_mean"], "null_high": row["null"]["best_high"]}
         seeds.append(row | flat | {"seeds": len(row["seeds"])})
-    tables = [("sizes", PAIR_COLUMNS, pairs), ("seeds", SEED_COLUMNS, seeds)]
-    return [table for table in tables if table[2]]
+    tables = [Table(f"{SUITE}_sizes", PAIR_COLUMNS, pairs), Table(f"{SUITE}_seeds", SEED_COLUMNS, seeds)]
+    return [_with_options(table) for table in tables]
 
 
-def _print(result: dict[str, Any]) -> None:
-    for _, columns, rows in _tables(result):
-        print(summary_table(rows, columns))
-    for note in result["notes"]:
-        print(note)
+def _with_options(table: Table) -> Table:
+    """A column of the architectures' options, where the groups differ in them."""
+    texts = [in_words(row["skip"], row["options"]) for row in table.rows]
+    if len(set(texts)) < 2:
+        return table
+    rows = [row | {"options": text} for row, text in zip(table.rows, texts, strict=True)]
+    return table._replace(columns=[*table.columns, "options"], rows=rows)
 
 
 def run(config: RunConfig) -> None:

@@ -63,6 +63,13 @@ def test_a_crosscoder_of_two_models_goes_all_the_way(sae, model, other, stream):
     status, out, _ = sae("eval", "name=two", "suite=diff", defaults=False)
     assert status == 0
     assert "done before" in out
+    status, out, err = sae("eval", "name=two", "suite=position", defaults=False)
+    assert status == 0, err
+    (row,) = read(run / "eval" / "position" / "result.json")["saes"]
+    assert [curves["lm"] for curves in row["models"]] == [str(model), str(other)]
+    for curves, total in zip([row, *row["models"]], [entry, first, second], strict=True):
+        mean = sum(n * delta for n, delta in zip(curves["n"], curves["delta_ce"]["mean"], strict=True))
+        assert mean / sum(curves["n"]) == pytest.approx(total["delta_ce"], rel=1e-4, abs=1e-6)
 
 
 def test_a_model_and_itself_share_everything(sae, model):
@@ -113,7 +120,7 @@ def test_what_a_pair_is_not_for_is_refused_in_one_sentence(sae, other, stage, ov
     assert status == 2
     assert named in err
     assert "Traceback" not in err
-    assert not (sae.folder / "refused" / "eval").exists()
+    assert not (sae.folder / "refused").exists(), "what is refused costs nothing"
 
 
 def test_a_model_with_another_tokenizer_is_refused(sae, tmp_path):

@@ -171,6 +171,7 @@ def test_absorption_of_a_tokenizer_without_words(sae):
     assert "has 0 words as one token" in found["message"]
     assert found["message"] in out
     assert "(no rows)" not in out
+    assert not (sae.folder / "bytes" / "train").exists()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from sae import files
 from sae.errors import UserError
-from sae.evals.absorption import Thresholds, absorption, fit_probes, word_absorption
+from sae.evals.absorption import Thresholds, absorption, fit_probes, measurable, word_absorption
 from sae.evals.probing import held_out_rows
 from sae.probe import Probe
 
@@ -121,6 +121,13 @@ def test_only_contributions_count(n, d_sae, seed, scale):
     assert torch.allclose(one.fraction, two.fraction, atol=1e-5)
     assert torch.equal(one.full, two.full)
     assert ((one.fraction >= 0) & (one.fraction <= 1)).all()
+
+
+def test_measurable_labels_are_those_that_are_measured_or_left_out_for_their_test_words():
+    words = [letter + first + second for letter in "ab" for first in "abcdef" for second in "abcdef"]
+    words += ["c" + first + "x" for first in "abcdefghijk"]  # eleven, of which fewer than ten are to train on
+    assert measurable(words, [word[0] for word in words]) == ["a", "b"]
+    assert measurable(words[:36], ["a"] * 36) == [], "nothing to tell it from"
 
 
 def test_too_few_words_are_left_out():

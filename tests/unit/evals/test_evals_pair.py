@@ -6,6 +6,7 @@ from tiny_lms import save_checkpoint
 
 from sae.autoencoder.crosscoder import Crosscoder
 from sae.autoencoder.sae import SAE, SAEConfig
+from sae.evals.position import METRICS, by_position, by_position_models
 from sae.evals.reconstruction import ReconstructionMeter
 from sae.evals.splice import splice, splice_all, splice_models
 from sae.lm.load import load_lm
@@ -59,8 +60,41 @@ def test_an_sae_of_one_model_is_spliced_into_that_one(paired, batch):
     found = splice_models(paired, [own, theirs], [batch])
     assert [list(each.models) for each in found] == [[""], ["pair."]]
     alone = SAE(SAEConfig("relu", D, 64, 0.0, 0, HOOK, "toy"))
+    alone.load_state_dict(theirs.state_dict())
     assert found[1].together == splice(paired.pair, alone, [batch])
     assert found[0].together == splice(paired, own, [batch]) == splice_all(paired, [own], [batch])[0]
+
+
+def test_curves_by_position_add_up_to_what_each_model_loses(paired, batch):
+    saes = [exact(1, 0), SAE(SAEConfig("relu", D, 64, 0.0, 0, f"pair.{HOOK}", "toy"))]
+    for curves, spliced in zip(
+        by_position_models(paired, saes, [batch]), splice_models(paired, saes, [batch]), strict=True
+    ):
+        assert list(curves.models) == list(spliced.models)
+        parts = [(curves.together, spliced.together)]
+        parts += [(curves.models[name], spliced.models[name]) for name in curves.models]
+        for curve, total in parts:
+            assert int(curve.n.sum()) == total.n_tokens
+            for name in METRICS:
+                mean = (getattr(curve, name).mean * curve.n).sum() / curve.n.sum()
+                assert float(mean) == pytest.approx(getattr(total, name), rel=1e-5, abs=1e-5)
+
+
+def test_two_models_make_no_more_rows(paired, batch):
+    """Of a model and itself the mean and its error are those of one: what both make of a row is not independent."""
+    twins = PairedModel(paired._first, paired._first)
+    sae = exact(0, 0)
+    rows = batch.select([0, 1])
+    (found,) = by_position_models(twins, [sae], [rows])
+    alone = SAE(SAEConfig("relu", D, 64, 0.0, 0, HOOK, "toy"))
+    with torch.no_grad():
+        alone.W_dec.zero_()
+    own = by_position(twins, alone, [rows])
+    assert found.together.n.tolist() == (2 * own.n).tolist()
+    assert found.together.n_rows.tolist() == own.n_rows.tolist()
+    for name in METRICS:
+        for one, other in zip(getattr(found.together, name), getattr(own, name), strict=True):
+            assert torch.allclose(one, other, atol=1e-6, equal_nan=True)
 
 
 def test_fvu_is_given_at_each_hook_point(paired, batch):

@@ -178,6 +178,17 @@ def test_the_section_is_there_with_its_numbers(tmp_path: Path) -> None:
     assert 'id="related"' not in text
 
 
+def test_harm_is_counted_among_the_pairs_that_were_stitched(tmp_path: Path) -> None:
+    result = relations()
+    result["pairs"][0]["stitching"] = None  # a transcoder's
+    view = relations_view(ReportData(name="x", relations=read_relations(result, result)))
+    assert view is not None
+    assert (view["harm"], view["n_stitched"], len(view["pairs"])) == (2, 2, 3)
+    run = write_run(tmp_path / "demo")
+    (run / "eval/relations/result.json").write_text(json.dumps(result), encoding="utf-8")
+    assert "In 2 of 2 pairs they do not" in write_report(run).read_text(encoding="utf-8")
+
+
 def test_harm_is_said_only_where_it_is(tmp_path: Path) -> None:
     result = relations()
     for pair in result["pairs"]:
