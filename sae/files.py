@@ -160,20 +160,21 @@ def read_jsonl(path: Path | str) -> list[Any]:
     """Read a JSON-lines file; blank lines are skipped.
 
     Raises:
-        UserError: the file is missing or not UTF-8, or a line is not JSON (the line number is named).
+        UserError: the file is missing, or a line is not UTF-8 or not JSON (the line number is named).
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no file {str(path)!r}: check the path.")
     records = []
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{str(path)!r} is not UTF-8 ({error}): save it as UTF-8.") from None
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
+    # Bytes, line by line: text is decoded ahead in blocks, and an error there would not say which line it is in.
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
             try:
-                records.append(json.loads(line))
+                text = line.decode("utf-8")
+                if text.strip():
+                    records.append(json.loads(text))
+            except UnicodeDecodeError:
+                raise UserError(f"{str(path)!r} is not UTF-8 in line {number}: save the file as UTF-8.") from None
             except json.JSONDecodeError as error:
                 raise UserError(
                     f"{str(path)!r}, line {number} is not valid JSON ({error.msg}): mend or remove that line."
@@ -251,7 +252,9 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write_manifest(folder: Path | str, stage: str, config: Any, inputs: Mapping[str, str]) -> None:
+def write_manifest(
+    folder: Path | str, stage: str, config: Any, inputs: Mapping[str, str], notes: Mapping[str, str] | None = None
+) -> None:
     """Write `manifest.json`: how this folder came to be.
 
     A stage writes it last, so a folder with a manifest is a finished one.
@@ -261,6 +264,7 @@ def write_manifest(folder: Path | str, stage: str, config: Any, inputs: Mapping[
         stage: the stage's name.
         config: the stage's configuration record.
         inputs: what was read, by name, as content hashes (or paths where no hash exists).
+        notes: what else is worth knowing; `is_done` does not look at it.
     """
     write_json(
         Path(folder) / "manifest.json",
@@ -270,6 +274,7 @@ def write_manifest(folder: Path | str, stage: str, config: Any, inputs: Mapping[
             "config": config,
             "config_hash": sha256_json(config),
             "inputs": dict(inputs),
+            "notes": dict(notes or {}),
             "git_revision": git_revision(),
             "versions": versions(),
         },

@@ -10,8 +10,9 @@ Definitions (d_i is row i of W_dec, e_i column i of W_enc):
     neighbor_cosine_i = cos(d_i, d_neighbor_i), with its sign
 
 Traps. In d_in dimensions even random rows are not orthogonal: the largest |cosine| of one row with n others is about
-sqrt(2 ln(n) / d_in) (0.3 for n = 512, d_in = 128; 0.09 for n = 16384, d_in = 2304), so read it against that. A latent
-that never fired keeps its initial directions, with enc_dec_cosine 1 where the encoder began as the decoder's transpose.
+sqrt(2 ln(n) / d_in) on the sphere (0.3 for n = 512, d_in = 128; 0.09 for n = 16384, d_in = 2304), and more where rows
+keep to few dimensions, as those of trained SAEs do: `rows_like` draws what to read it against. A latent that never
+fired keeps its initial directions, with enc_dec_cosine 1 where the encoder began as the decoder's transpose.
 """
 
 from typing import NamedTuple
@@ -21,11 +22,14 @@ from jaxtyping import Float, Int
 from scipy import optimize
 from torch import Tensor
 
+from sae.autoencoder.crosscoder import Crosscoder
 from sae.autoencoder.sae import SAE
 from sae.errors import unknown
 
 BLOCK = 1 << 24
 """Cosines held at once: 64 MiB."""
+NULL_SEED = 3_000_017
+"""Added to the seed of random rows: an SAE of that seed began with rows drawn from it."""
 
 
 class Geometry(NamedTuple):
@@ -55,9 +59,9 @@ class Nearest(NamedTuple):
 def geometry(sae: SAE) -> Geometry:
     """Measure an SAE's weights. Memory beyond them: `BLOCK` cosines; 65,536 latents need no 65,536 x 65,536 matrix.
 
-    Of a crosscoder, rows are the concatenated parts, in the units that its activations have.
+    Rows are those of `decoder_rows` and `encoder_rows`.
     """
-    encoder, decoder = sae.W_enc.t().float(), sae.W_dec.float()
+    encoder, decoder = encoder_rows(sae), decoder_rows(sae)
     if sae.config.site.kind == "transcoder":
         agreement = torch.full((len(decoder),), torch.nan)
     else:
@@ -72,11 +76,53 @@ def geometry(sae: SAE) -> Geometry:
     )
 
 
+@torch.no_grad()
+def decoder_rows(sae: SAE) -> Float[Tensor, "d_sae d"]:
+    """Decoder rows, in float32. Of a crosscoder the concatenated parts, in the units of its training.
+
+    In raw units the source with the smallest activations would have hardly a say in a cosine.
+    """
+    decoder = sae.W_dec.float()
+    return decoder * sae.column_scales() if isinstance(sae, Crosscoder) else decoder
+
+
+@torch.no_grad()
+def encoder_rows(sae: SAE) -> Float[Tensor, "d_sae d_in"]:
+    """Columns of the encoder as rows, in float32; of a crosscoder in the units of its training."""
+    encoder = sae.W_enc.t().float()
+    return encoder / sae.column_scales() if isinstance(sae, Crosscoder) else encoder
+
+
 def unit(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     """Rows at length 1, in float32. A row of zeros stays zero: its cosine with anything is 0."""
     rows = rows.float()
     norms = rows.norm(dim=-1, keepdim=True)
     return rows / torch.where(norms > 0, norms, 1)
+
+
+@torch.no_grad()
+def rows_like(rows: Float[Tensor, "n d"], generator: torch.Generator) -> Float[Tensor, "n d"]:
+    """As many random unit rows, with the second moment that these have: they are mixed by a random rotation.
+
+    They fill the same dimensions as much, and have nothing else in common: what they reach is due to that alone. Where
+    rows are Gaussian, whatever their covariance, rotated ones cannot be told from them (rotation tests, Langsrud 2005).
+    New draws with the same covariance could: with the noise of two samples they are nearer to each other.
+    Lengths are made equal at the end, which takes a little from the dimensions that have most.
+
+    Args:
+        rows: of any length; longer ones count for more.
+        generator: of the draws; `null_generator` gives one.
+    """
+    # rows = QR, and any other Q with orthonormal columns gives the same rows'rows = R'R: no n x n rotation is needed.
+    factor = torch.linalg.qr(rows.float(), mode="r").R
+    mixed = torch.linalg.qr(torch.randn(len(rows), len(factor), generator=generator).to(rows.device))
+    # With these signs Q is as likely as any rotation of it.
+    return unit(mixed.Q * mixed.R.diagonal().sign() @ factor)
+
+
+def null_generator(seed: int) -> torch.Generator:
+    """Where random rows are drawn from: not from the seed itself, or they would be those that an SAE began with."""
+    return torch.Generator().manual_seed(seed + NULL_SEED)
 
 
 @torch.no_grad()

@@ -9,8 +9,8 @@ The similarity of two latents is the cosine of their decoder rows, of their enco
 ("both", the default between seeds, after Paulo & Belrose 2501.16615). Signs count: opposite directions are different.
 
 Traps. In few dimensions random directions are alike, too: `Null` is the same procedure on random rows. Rows on the
-sphere are a weak null where activations, and so all decoder rows, keep to few dimensions: with null="data" they are
-drawn with the second moment that the rows have. Latents that never fired keep their initial rows, and two SAEs that
+sphere are a weak null where activations, and so all decoder rows, keep to few dimensions: with null="data" they have
+the second moment that the rows have. Latents that never fired keep their initial rows, and two SAEs that
 began with the same ones, as other libraries' may, agree on these exactly. A nearest latent may be shared by many; a
 match is one to one.
 """
@@ -26,7 +26,17 @@ from torch import Tensor
 from sae import stats
 from sae.autoencoder.sae import SAE, unit_rows
 from sae.errors import UserError, unknown
-from sae.evals.geometry import Nearest, assign, nearest, paired, unit
+from sae.evals.geometry import (
+    Nearest,
+    assign,
+    decoder_rows,
+    encoder_rows,
+    nearest,
+    null_generator,
+    paired,
+    rows_like,
+    unit,
+)
 
 By = Literal["decoder", "encoder", "both"]
 NullRows = Literal["sphere", "data"]
@@ -361,7 +371,7 @@ def directions(sae: SAE, by: By) -> Float[Tensor, "d_sae d"]:
     """
     if by not in ("decoder", "encoder", "both"):
         raise unknown("way to compare latents", by, ["decoder", "encoder", "both"])
-    decoder, encoder = unit(sae.W_dec), unit(sae.W_enc.t())
+    decoder, encoder = unit(decoder_rows(sae)), unit(encoder_rows(sae))
     if by == "both":
         return torch.cat([decoder, encoder], dim=1) / 2**0.5
     return decoder if by == "decoder" else encoder
@@ -376,7 +386,7 @@ def null_similarity(a: SAE, b: SAE, method: str | None, rows: NullRows = "sphere
         a: for its shape.
         b: likewise.
         method: of the one-to-one match; None makes none.
-        rows: "sphere" for uniform directions; "data" for Gaussian ones with the second moment of each SAE's decoder.
+        rows: "sphere" for uniform directions; "data" for `rows_like` each SAE's decoder.
         seed: of the rows.
 
     Raises:
@@ -384,15 +394,13 @@ def null_similarity(a: SAE, b: SAE, method: str | None, rows: NullRows = "sphere
     """
     if rows not in ("sphere", "data"):
         raise unknown("kind of random rows", rows, ["sphere", "data"])
-    generator = torch.Generator().manual_seed(seed)
+    generator = null_generator(seed)
     drawn = []
     for sae in (a, b):
-        random = unit_rows(sae.config.d_sae, sae.config.width_out, generator).to(a.device)
         if rows == "data":
-            decoder = unit(sae.W_dec.detach()).to(a.device)
-            values, vectors = torch.linalg.eigh(decoder.t() @ decoder)
-            random = unit(random @ (vectors * values.clamp_min(0).sqrt()).t())
-        drawn.append(random)
+            drawn.append(rows_like(unit(decoder_rows(sae)), generator).to(a.device))
+        else:
+            drawn.append(unit_rows(sae.config.d_sae, sae.config.width_out, generator).to(a.device))
     best = nearest(drawn[0], drawn[1])[0].cosine
     matched = torch.tensor([torch.nan])
     if method is not None:

@@ -4,6 +4,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from sae.report.current import GIVEN
 from sae.report.model import Comparison, CrossedRow, LoneLatent
 from sae.report.names import told_apart
 from sae.report.norm_plot import norm_histogram
@@ -29,6 +30,8 @@ def comparison_view(found: Comparison) -> dict[str, Any] | None:
         "open": parts[:MAX_OPEN],
         "folded": parts[MAX_OPEN:],
         "limits": _limits(found),
+        "folder": found.folder,
+        "given": found.folder.startswith(GIVEN),
     }
 
 

@@ -240,6 +240,8 @@ class Relations:
     atoms: list[AtomRow] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     threshold: float | None = None  # similarity from which a latent counts as shared
+    folder: str = "eval/relations"  # of the result, in the run's; another for SAEs that `eval.saes` named
+    atoms_folder: str = "eval/geometry"  # likewise, of `atoms`
 
 
 @dataclass(frozen=True)
@@ -294,6 +296,7 @@ class Comparison:
     pair: str = ""
     thresholds: dict[str, float] = field(default_factory=dict)
     crosscoders: list[CrossedRow] = field(default_factory=list)
+    folder: str = "eval/diff"  # of the result, in the run's; another for SAEs that `eval.saes` named
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 Reading is tolerant on purpose: a report describes whatever a run holds. A stage that did not run, a field
 that an older version did not write or a value that is not a number becomes None (or an empty list), never
 an error; a file that is there but cannot be read becomes a sentence in `ReportData.problems`, which the
-page shows.
+page shows, and so does a result on SAEs that are no longer the run's (`sae.report.current`).
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ from typing import Any
 from sae.errors import UserError
 from sae.files import read_json, read_jsonl
 from sae.report.comparison import read_comparison
+from sae.report.current import GIVEN, objection
 from sae.report.model import (
     Behavior,
     Control,
@@ -65,9 +66,10 @@ STAGES = (
 )
 
 
-def _of_suite(results: dict[str, dict[str, Any]], suite: str) -> dict[str, Any]:
-    """Result of a suite on the run's own SAEs; else of that on others; else empty."""
-    return results.get(f"eval/{suite}") or results.get(f"eval/given/{suite}") or {}
+def _place_of(results: dict[str, dict[str, Any]], suite: str) -> str:
+    """Where a suite's result is: on the run's own SAEs; else, if there is one, on others."""
+    own, given = f"eval/{suite}", f"{GIVEN}/{suite}"
+    return given if results.get(given) and not results.get(own) else own
 
 
 def lm_name(config: Any) -> str:
@@ -253,10 +255,17 @@ def read_run(run_folder: Path | str) -> ReportData:
         raise UserError(f"no run folder {str(folder)!r}: check the path, or run `sae demo` first.")
     data = ReportData(name=folder.resolve().name)
     results: dict[str, dict[str, Any]] = {}
+    hashes: dict[Path, str] = {}
     for stage in STAGES:
         if (folder / stage).is_dir():
             results[stage] = as_dict(_read(folder / stage / "result.json", data.problems))
             manifest = as_dict(_read(folder / stage / "manifest.json", data.problems))
+            if results[stage] and stage.startswith("eval"):
+                wrong = objection(folder, stage, manifest, results.get("train", {}), hashes)
+                if wrong:
+                    data.problems.append(wrong)
+                    results[stage] = {}
+                    continue
             if results[stage] or manifest:
                 data.stages.append(StageInfo(stage, manifest, as_float(results[stage].get("wall_s"))))
     data.summary = as_dict(_read(folder / "result.json", data.problems))
@@ -264,14 +273,16 @@ def read_run(run_folder: Path | str) -> ReportData:
     train, evaluation = results.get("train", {}), results.get("eval", {})
     data.tokens = as_int(train.get("tokens", train.get("n_tokens")))
     if not evaluation and not train:
-        evaluation = results.get("eval/given", {})  # a run that only looks at SAEs from elsewhere
+        evaluation = results.get(GIVEN, {})  # a run that only looks at SAEs from elsewhere
     data.evaluated = bool(as_list(evaluation.get("saes")))
     data.saes = [read_sae(entry) for entry in as_list(evaluation.get("saes")) or as_list(train.get("saes"))]
     behaviors = as_dict(results.get("behavior", {}).get("behaviors"))
     data.behaviors = [read_behavior(name, entry) for name, entry in behaviors.items() if isinstance(entry, Mapping)]
-    data.relations = read_relations(*(_of_suite(results, name) for name in ("relations", "geometry")))
-    crossed = next((stage for stage in ("eval/diff", "eval/given/diff") if results.get(stage)), "eval/diff")
-    data.comparison = read_comparison(folder / crossed, results.get(crossed, {}), data.problems)
+    related, atoms, crossed = (_place_of(results, suite) for suite in ("relations", "geometry", "diff"))
+    relations = read_relations(results.get(related, {}), results.get(atoms, {}))
+    data.relations = dataclasses.replace(relations, folder=related, atoms_folder=atoms)
+    comparison = read_comparison(folder / crossed, results.get(crossed, {}), data.problems)
+    data.comparison = dataclasses.replace(comparison, folder=crossed)
     organism = results.get("organism", {})
     for row in map(as_dict, as_list(organism.get("table"))):
         gates = {key: bool(value) for key, value in as_dict(row.get("gates")).items()}

@@ -1,11 +1,13 @@
 """The section `Sizes related`: which pictures it has, which latents they point out, and what its tables say."""
 
 from collections.abc import Sequence
+from os.path import normpath
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
+from sae.report.current import GIVEN
 from sae.report.families import Mark, family_picture
 from sae.report.lineage import columns, in_words
 from sae.report.model import Behavior, Family, Relations, ReportData
@@ -16,6 +18,7 @@ from sae.report.trees import family_trees
 
 MARK_COLOURS = (2, 4, 5)  # of the behaviours; not those of the families' blocks
 MAX_PICTURES = 12
+PARTS = 4  # of a path inside a run: <run>/train/<site>/<autoencoder>
 SHOWN_WITHOUT_FINDING = 3  # pictures that are open where no latent was found
 
 
@@ -37,24 +40,29 @@ def relations_view(data: ReportData) -> dict[str, Any] | None:
         return None
     families = sorted(relations.families, key=lambda f: (natural(f.hook_name), bool(f.control), f.seed or 0))
     found = found_latents(data.behaviors)
-    marks = [marks_of(family, families, found) for family in families]
+    given = relations.folder.startswith(GIVEN)
+    marks = [marks_of(family, families, found, given=given) for family in families]
     order = sorted(range(len(families)), key=lambda i: not marks[i])  # stable: hook points stay in order
     pictures = [_picture(families[i], marks[i], families) for i in order[:MAX_PICTURES]]
     which = [_which(pair, relations) for pair in relations.pairs]
+    stitched = _stitched(relations)
     n_open = sum(bool(found_here) for found_here in marks) or SHOWN_WITHOUT_FINDING
     return {
         "open": pictures[:n_open],
         "folded": pictures[n_open:],
         "n_hidden": len(families) - len(pictures),
         "pairs": [(pair_label(pair), more, pair) for pair, more in zip(relations.pairs, which, strict=True)],
-        "stitching": Markup(stitching_plot(relations.pairs, which)) if _stitched(relations) else None,
-        "harm": _harm(relations),
-        "n_stitched": len(_with_novel(relations)),
+        "stitching": Markup(stitching_plot(relations.pairs, which)) if stitched else None,
+        "n_stitched": len(stitched),
+        "harm": sum(with_novel > alone for alone, with_novel in stitched),
         "seeds": [(short_hook(row.hook_name), _which(row, relations), row) for row in relations.seeds],
         "stability": Markup(stability_plot(relations.seeds)) if relations.seeds else None,
         "atoms": [(short_hook(row.hook_name), _which(row, relations), row) for row in relations.atoms],
         "threshold": relations.threshold,
         "notes": relations.notes,
+        "folder": relations.folder,
+        "given": given,
+        "atoms_given": relations.atoms_folder.startswith(GIVEN),
     }
 
 
@@ -72,15 +80,23 @@ def found_latents(behaviors: Sequence[Behavior]) -> list[Found]:
     return list(found.values())
 
 
-def marks_of(family: Family, families: Sequence[Family], found: Sequence[Found]) -> list[Mark]:
-    """The found latents that are certainly of a family: by path, or because no other family has such a size there."""
+def marks_of(family: Family, families: Sequence[Family], found: Sequence[Found], *, given: bool = False) -> list[Mark]:
+    """The found latents that are certainly of a family.
+
+    Where a path is known it must be the same; else no other family may have such a size there, and the families must
+    be of the run's own autoencoders, as found latents are: not `given` ones.
+    """
     marks = []
     for one in found:
-        peers = [other for other in families if _level_of(other, one) is not None]
-        same = [other for other in peers if one.path and _ends(other.levels[_level_of(other, one) or 0].path, one.path)]
         level = _level_of(family, one)
-        sure = same or (peers if len(peers) == 1 else [])
-        if level is not None and family in sure and 0 <= one.latent < family.levels[level].d_sae:
+        if level is None or not 0 <= one.latent < family.levels[level].d_sae:
+            continue
+        path = family.levels[level].path
+        if path and one.path:
+            sure = _same(path, one.path)
+        else:
+            sure = not given and sum(_level_of(other, one) is not None for other in families) == 1
+        if sure:
             marks.append(Mark(level, one.latent, one.behavior.replace("_", " "), one.colour))
     return marks
 
@@ -92,9 +108,10 @@ def _level_of(family: Family, one: Found) -> int | None:
     return next((i for i, level in enumerate(family.levels) if level.d_sae == one.d_sae), None)
 
 
-def _ends(one: str, other: str) -> bool:
-    """Whether two paths name one autoencoder, seen from different folders."""
-    return PurePath(one).parts[-2:] == PurePath(other).parts[-2:]
+def _same(one: str, other: str) -> bool:
+    """Whether two paths name one autoencoder: they are equal, or one is how the other looks from a folder above."""
+    short, long = sorted((PurePath(normpath(path)).parts for path in (one, other)), key=len)
+    return short == long or (len(short) >= PARTS and long[-len(short) :] == short)
 
 
 def _picture(family: Family, marks: list[Mark], families: Sequence[Family]) -> dict[str, Any]:
@@ -139,16 +156,10 @@ def _which(one: Any, among: Relations | Sequence[Family]) -> str:
     return ", ".join(parts)
 
 
-def _stitched(relations: Relations) -> bool:
-    return any(pair.fvu_small is not None for pair in relations.pairs)
-
-
-def _harm(relations: Relations) -> int:
-    """In how many pairs the novel latents, all added, make the narrower SAE worse."""
-    return sum(with_novel > alone for alone, with_novel in _with_novel(relations))
-
-
-def _with_novel(relations: Relations) -> list[tuple[float, float]]:
-    """FVU of the narrower SAE alone and with the novel latents, of each pair that was stitched."""
-    found = [(pair.fvu_small, pair.novel.fvu) for pair in relations.pairs]
-    return [(alone, more) for alone, more in found if alone is not None and more is not None]
+def _stitched(relations: Relations) -> list[tuple[float, float]]:
+    """Of the pairs that were stitched: FVU of the narrower SAE, and with all novel latents added."""
+    return [
+        (pair.fvu_small, pair.novel.fvu)
+        for pair in relations.pairs
+        if pair.fvu_small is not None and pair.novel.fvu is not None
+    ]

@@ -4,7 +4,8 @@
 
 Nearest neighbours and encoder-decoder cosines (see `sae.evals.geometry`) of the latents that fire on held-out tokens:
 one that never did keeps the directions it began with. A meta-SAE is trained on their decoder rows, and one on as many
-random rows (see `sae.evals.meta_sae`). Figures of every latent go to `latents/<number>.safetensors`.
+random rows of the same second moment (see `sae.evals.meta_sae`), which stand beside them as a random SAE. Figures of
+every latent go to `latents/<number>.safetensors`.
 """
 
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from sae.autoencoder.sae import SAE
 from sae.config import RunConfig
-from sae.evals.geometry import Geometry, geometry
+from sae.evals.geometry import Geometry, decoder_rows, geometry, null_generator, rows_like, unit
 from sae.evals.meta_sae import MetaSAEResult, meta_sae
 from sae.report.progress import Progress
 from sae.stages import common, measured
@@ -50,11 +51,12 @@ def run(config: RunConfig) -> None:
             meta = _meta(config, item.sae, alive, bar.update)
             rows.append(_measure(work, item, alive) | _about_meta(meta))
             if work.wants_baselines:
-                random = Measured(random_like(item.sae), item.path, measured.RANDOM, on_the_spot=True)
-                # As many random rows as this SAE has latents alive were a meta-SAE's already.
-                same = None if meta is None else meta._replace(fve=meta.fve_random)
-                everything = torch.ones(item.sae.config.d_sae, dtype=torch.bool)
-                rows.append(_measure(work, random, everything) | _about_meta(same))
+                random = Measured(
+                    _redrawn(item.sae, alive, config.eval.seed), item.path, measured.RANDOM, on_the_spot=True
+                )
+                # A meta-SAE was trained on these very rows.
+                same = None if meta is None else meta.random
+                rows.append(_measure(work, random, alive) | _about_meta(same))
     medians = ("neighbor_cosine", "enc_dec_cosine")
     table = [row | {name: row[name]["median"] for name in medians} for row in rows]
     columns = [*measured.identity(rows), "n_alive", *medians, "meta_fve", "meta_fve_random"]
@@ -66,6 +68,22 @@ def _measure(work: measured.Work, item: Measured, alive: Bool[Tensor, " d_sae"])
     found = geometry(item.sae)
     name = work.write_tensors(found._asdict() | {"alive": alive})
     return item.about() | {"n_alive": int(alive.sum()), **_summary(found, alive), "latents": name}
+
+
+@torch.no_grad()
+def _redrawn(sae: SAE, alive: Bool[Tensor, " d_sae"], seed: int) -> SAE:
+    """A random SAE: decoder rows of living latents drawn anew with their second moment, the encoder their transpose.
+
+    Latents that never fired keep their rows, since they are among a living one's neighbours in both.
+    """
+    random = random_like(sae)
+    rows = unit(decoder_rows(sae))
+    living = alive.to(rows.device)
+    rows[living] = rows_like(rows[living], null_generator(seed))
+    random.W_dec.copy_(rows)
+    if sae.config.site.kind != "transcoder":
+        random.W_enc.copy_(rows.t())
+    return random
 
 
 def _summary(found: Geometry, alive: Bool[Tensor, " d_sae"]) -> dict[str, Any]:
@@ -110,4 +128,5 @@ def _meta(
 def _about_meta(found: MetaSAEResult | None) -> dict[str, Any]:
     if found is None:
         return {"meta_fve": None, "meta_fve_random": None, "meta": None}
-    return {"meta_fve": found.fve, "meta_fve_random": found.fve_random, "meta": found}
+    fve_random = None if found.random is None else found.random.fve
+    return {"meta_fve": found.fve, "meta_fve_random": fve_random, "meta": found}

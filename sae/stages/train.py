@@ -22,7 +22,7 @@ from sae.autoencoder.sparsity import check_options
 from sae.config import RunConfig, Stream
 from sae.device import pick_device
 from sae.errors import UserError
-from sae.files import is_done, lock, sha256_json, write_json, write_manifest
+from sae.files import is_done, lock, read_json, sha256_json, write_json, write_manifest
 from sae.lm.model import LanguageModel
 from sae.report.log import Sink
 from sae.report.progress import Progress
@@ -35,6 +35,9 @@ from sae.train.grid import SAESpec, grid
 from sae.train.settings import TrainSettings
 from sae.train.start import check_starts, start_folder, start_hash
 from sae.train.trainer import CHECKPOINTS, Interrupted, TrainResult, train
+
+START = "train.start"
+"""What the manifest calls the place where the SAEs to start from lay."""
 
 
 def open_stream(config: RunConfig, lm: LanguageModel) -> ActivationStream:
@@ -116,6 +119,8 @@ def ensure_trained(config: RunConfig, lm: LanguageModel) -> list[Path]:
     paths = [folder / spec.folder for spec in specs]
     if config.force or not _complete(folder, paths):
         _check_starts(config, lm, specs, settings.start)
+    else:
+        _check_gone(folder, specs, settings.start)
     tokens = ensure_tokens(config, lm)
     # The store itself is not among the inputs: it may be deleted once the SAEs are trained.
     depends = {
@@ -132,7 +137,7 @@ def ensure_trained(config: RunConfig, lm: LanguageModel) -> list[Path]:
         if is_done(folder, depends, inputs) and not _complete(folder, paths):
             (folder / common.MANIFEST).unlink()  # an SAE was deleted since: train again
         if common.skip(config, folder, depends, inputs, replace=False):
-            _say_gone(folder, specs, settings.start)
+            _note_start(folder, specs, settings.start)
             return paths
         if config.force:
             shutil.rmtree(folder, ignore_errors=True)
@@ -140,7 +145,7 @@ def ensure_trained(config: RunConfig, lm: LanguageModel) -> list[Path]:
         with _ahead(config, open_stream(config, lm), lm, device) as stream:
             result = _train(config, lm, stream, specs, settings, folder, device)
         _write_result(folder, result)
-        write_manifest(folder, "train", depends, inputs)
+        write_manifest(folder, "train", depends, inputs, {START: settings.start} if settings.start else None)
     return paths
 
 
@@ -173,9 +178,29 @@ def start_inputs(folder: Path, specs: list[SAESpec], start: str) -> dict[str, st
     return inputs
 
 
-def _say_gone(folder: Path, specs: list[SAESpec], start: str) -> None:
-    if start and not all(start_hash(start, spec) for spec in specs):
-        print(f"train.start={start} is no longer there; {folder / common.MANIFEST} notes which weights it had")
+def _check_gone(folder: Path, specs: list[SAESpec], start: str) -> None:
+    """Refuse a start that is not there, unless this finished run began with it: a slip of the pen is no deletion."""
+    noted = read_json(folder / common.MANIFEST).get("notes", {}).get(START)
+    if not start or noted is None or Path(noted) == Path(start) or all(start_hash(start, spec) for spec in specs):
+        return
+    raise UserError(
+        f"train.start={start!r} has no SAEs, and {str(folder)!r} was trained from {noted!r}: leave it out, or name the "
+        "folder where those lie now."
+    )
+
+
+def _note_start(folder: Path, specs: list[SAESpec], start: str) -> None:
+    """Keep in the manifest of a finished run where its start lies now, or say that it is gone."""
+    if not start:
+        return
+    path = folder / common.MANIFEST
+    if not all(start_hash(start, spec) for spec in specs):
+        print(f"train.start={start} is no longer there; {path} notes which weights it had")
+        return
+    manifest = read_json(path)
+    notes = manifest.get("notes", {})
+    if Path(notes.get(START, "")) != Path(start):
+        write_json(path, manifest | {"notes": notes | {START: start}})
 
 
 class _LazySink:

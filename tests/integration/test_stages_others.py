@@ -203,7 +203,10 @@ def test_a_start_may_move_or_go_but_not_change(sae):
     run = sae.folder / "tuned"
     inputs = read_json(run / "train" / "manifest.json")["inputs"]
     assert [name for name in inputs if name.startswith("start of ")] == [f"start of {HOOK}/topk-32-l0_4-s0"]
-    before = {path: data for path, data in files_of(run).items() if path.name != "recipe.json"}
+    manifest = run / "train" / "manifest.json"
+    before = {path: data for path, data in files_of(run).items() if path.name != "recipe.json" and path != manifest}
+    made = read_json(manifest)
+    assert made["notes"] == {"train.start": str(base)}
 
     def unchanged(*start):
         status, out, err = sae("eval", *tuned, *start)
@@ -211,16 +214,33 @@ def test_a_start_may_move_or_go_but_not_change(sae):
         assert f"{run / 'train'}: done before" in out
         assert f"{run / 'eval'}: done before" in out
         assert {path: path.read_bytes() for path in before} == before
+        now = read_json(manifest)
+        assert now | {"notes": made["notes"]} == made, "only where the start lies"
         return out
 
+    def slip(start):
+        recipe, noted = (run / "recipe.json").read_bytes(), manifest.read_bytes()
+        for stage in ("train", "eval"):
+            status, _, err = sae(stage, *tuned, f"train.start={start}")
+            assert status == 2
+            assert f"train.start={str(start)!r} has no SAEs" in err
+            assert "leave it out" in err
+        assert (run / "recipe.json").read_bytes() == recipe, "a slip of the pen is not remembered"
+        assert manifest.read_bytes() == noted
+
+    slip(f"{base}s")
+    unchanged(f"train.start={base}/")
     moved = sae.folder / "elsewhere"
     base.rename(moved)
     assert "no longer there" not in unchanged(f"train.start={moved}")
+    assert read_json(manifest)["notes"] == {"train.start": str(moved)}
     status, _, err = sae("train", *tuned, f"train.start={second}")
     assert status == 2
     assert "was made with other settings" in err
     shutil.rmtree(moved)
     assert "no longer there" in unchanged()
+    assert "no longer there" in unchanged(f"train.start={moved}")
+    slip(base)
     # Another evaluation can then not show it any more.
     status, _, err = sae("eval", *tuned, "eval.splice=false")
     assert status == 0, err

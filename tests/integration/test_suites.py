@@ -8,6 +8,11 @@ import torch
 from safetensors.torch import load_file
 from tiny_lms import save_word_checkpoint
 
+from sae.autoencoder.sae import SAE, SAEConfig, unit_rows
+from sae.evals.position import Curve, PositionResult
+from sae.lm.load import load_lm
+from sae.stages.position import _parts
+
 SMALL = ("harvest.hook_names=[blocks.0.hook_resid_post]", "sae.d_sae=[64]", "train.total_tokens=2048")
 
 
@@ -55,7 +60,9 @@ def test_position_geometry_and_probing_of_one_run(sae, tmp_path, sentences):
     assert (random["control"], random["path"], random["beside"]) == ("random", None, trained["path"])
     assert random["enc_dec_cosine"]["low"] == pytest.approx(1)
     assert trained["n_alive"] == round(64 * (1 - table[0]["dead_fraction"]))
-    assert random["meta_fve"] == trained["meta_fve_random"]
+    assert random["n_alive"] == trained["n_alive"]
+    assert random["meta_fve"] == trained["meta_fve_random"] == random["meta"]["fve"]
+    assert trained["meta"]["random"] == random["meta"]
     assert -1 < trained["meta_fve"] < 1
     tensors = load_file(run / "geometry" / trained["latents"])
     cosine = tensors["neighbor_cosine"][tensors["alive"]].abs()
@@ -116,6 +123,48 @@ def test_controls_of_the_run_stand_in_place_of_random_saes(sae):
     given = read(sae.folder / "two" / "eval" / "given" / "geometry" / "result.json")
     assert [row["control"] for row in given["saes"]] == ["none", "random"]
     assert read(sae.folder / "two" / "eval" / "geometry" / "result.json") == own
+
+
+def test_the_neighbours_of_rows_in_few_dimensions_are_compared_with_those_of_such_rows(sae, model, tmp_path):
+    """Rows that are random in two dimensions are near to each other; so then is what stands beside them."""
+    hook = "blocks.0.hook_resid_post"
+    d_in = load_lm(str(model), device="cpu").d_in(hook)
+    one = SAE(SAEConfig("relu", d_in, 40, 4, 0, hook, "toy"))
+    with torch.no_grad():
+        one.W_dec.zero_()
+        one.W_dec[:30, :2] = unit_rows(30, 2, torch.Generator().manual_seed(0))
+        one.W_dec[30:] = unit_rows(10, d_in, torch.Generator().manual_seed(1))
+        one.W_enc.copy_(one.W_dec.t())
+        one.b_enc[:30], one.b_enc[30:] = 1.0, -1e6  # the last ten never fire
+    one.save(tmp_path / "flat")
+    status, _, err = sae("eval", "name=flat", "suite=geometry", "eval.meta_steps=0", f"eval.saes=[{tmp_path / 'flat'}]")
+    assert status == 0, err
+    folder = sae.folder / "flat" / "eval" / "given" / "geometry"
+    trained, random = read(folder / "result.json")["saes"]
+    assert trained["n_alive"] == random["n_alive"] == 30
+    assert trained["neighbor_cosine"]["median"] > 0.99
+    assert random["neighbor_cosine"]["median"] > 0.99
+    first, second = (load_file(folder / row["latents"])["neighbor_cosine"] for row in (trained, random))
+    assert not torch.allclose(first[:30], second[:30], atol=1e-3)
+
+
+def test_the_curve_by_position_is_printed_in_quarters_of_the_predictions():
+    """Ten texts of nine tokens and one of thirty-eight: most of what there is to say is about the first eight."""
+    n = torch.tensor([11] * 8 + [1] * 29)
+    delta = torch.arange(37, dtype=torch.float64)
+    curve = Curve(delta, delta)
+    found = _parts(PositionResult(torch.arange(37), 1, n, n, curve, curve, curve, curve))
+    assert found == {
+        "delta_ce 0-2": pytest.approx(1),
+        "delta_ce 3-4": pytest.approx(3.5),
+        "delta_ce 5-7": pytest.approx(6),
+        "delta_ce 8-36": pytest.approx(22),
+    }
+    # Where one bin has nearly all, it is the only one of its quarter, and others are empty.
+    n = torch.tensor([97, 3])
+    curve = Curve(delta[:2], delta[:2])
+    found = _parts(PositionResult(torch.tensor([0, 8]), 8, n, n, curve, curve, curve, curve))
+    assert found == {"delta_ce 0-7": 0, "delta_ce 8-15": 1}
 
 
 def words_and_embedding(knows):

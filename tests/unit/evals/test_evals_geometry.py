@@ -12,7 +12,8 @@ from sae.autoencoder import sae as autoencoder
 from sae.autoencoder.sae import SAE, SAEConfig
 from sae.autoencoder.sae import unit_rows as random_rows
 from sae.errors import UserError
-from sae.evals.geometry import assign, geometry, nearest, nearest_other, paired, unit
+from sae.evals.geometry import assign, geometry, nearest, nearest_other, null_generator, paired, rows_like, unit
+from sae.evals.relations import directions
 
 
 def rows(n, d, seed=0):
@@ -105,3 +106,68 @@ def test_greedy_and_hungarian_differ_where_they_should():
     assert assign(products, torch.eye(2), "hungarian").tolist() == [1, 0]
     with pytest.raises(UserError, match="unknown matching method 'best'"):
         assign(products, products, "best")
+
+
+@pytest.mark.parametrize("scales", [[1.0, 1.0], [300.0, 0.01]])
+def test_a_crosscoder_is_measured_in_the_units_of_its_training(scales):
+    """Its rows on disk are in those of the activations, where the source with the smallest would hardly count."""
+    config = SAEConfig("relu", 12, 40, 0.0, 0, "a+b", "toy", metadata={"training": {"input_scales": scales}})
+    sae = autoencoder.make(config)
+    known = sae.W_dec.detach().clone()
+    sae.fold_scales(scales, scales)
+    found = geometry(sae)
+    assert found.decoder_norm.tolist() == pytest.approx([1] * 40, rel=1e-5)
+    assert found.encoder_norm.tolist() == pytest.approx([1] * 40, rel=1e-5)
+    assert found.enc_dec_cosine.tolist() == pytest.approx([1] * 40, rel=1e-5)
+    assert torch.equal(found.neighbor, nearest_other(known).row)
+    assert torch.allclose(directions(sae, "decoder"), known, atol=1e-5)
+    assert torch.allclose(directions(sae, "encoder"), known, atol=1e-5)
+
+
+@pytest.mark.parametrize(("n", "d"), [(4000, 6), (60, 9), (5, 9)])
+def test_random_rows_fill_the_dimensions_that_others_fill(n, d):
+    """Rows in four of the dimensions, one above the others; be there few or many."""
+    shape = torch.zeros(d, d)
+    shape[:4, :4] = torch.diag(torch.tensor([4.0, 1, 1, 1]))
+    given = unit(rows(n, d) @ shape)
+    drawn = rows_like(given, null_generator(0))
+    assert drawn.norm(dim=1).tolist() == pytest.approx([1] * n, rel=1e-5)
+    assert drawn[:, 4:].abs().max() < 1e-5
+    assert torch.equal(rows_like(given, null_generator(0)), drawn)
+    # One has most of the rows' length, and of that of what is drawn, but for what making lengths equal takes from it.
+    known, found = (torch.linalg.eigvalsh(found.t() @ found / n) for found in (given, drawn))
+    assert float(found[-1]) == pytest.approx(float(known[-1]), abs=0.2)
+    assert found[-1] > 1.5 * found[-2]
+
+
+def test_of_orthonormal_rows_random_ones_are_orthonormal_and_point_anywhere():
+    """The second moment is kept itself, not that of what it might be a sample of."""
+    drawn = torch.stack([rows_like(torch.eye(6), null_generator(seed)) for seed in range(2000)])
+    assert torch.allclose(drawn @ drawn.mT, torch.eye(6).expand_as(drawn), atol=1e-5)
+    assert drawn.mean(0).abs().max() < 0.05
+    assert torch.allclose(drawn.square().mean(0), torch.full((6, 6), 1 / 6), atol=0.02)
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.5])
+def test_random_rows_are_no_nearer_to_each_other_than_rows_that_share_nothing(spread):
+    """Rows drawn anew with the covariance of so few would be: .05 nearer here."""
+    sizes = torch.linspace(-spread, spread, 64).exp()
+    found = []
+    for seed in range(6):
+        given = unit(torch.randn(128, 64, generator=torch.Generator().manual_seed(seed)) * sizes)
+        drawn = rows_like(given, null_generator(seed))
+        found.append([nearest_other(one).cosine.abs().mean() for one in (given, drawn)])
+    alike, chance = torch.tensor(found).mean(0)
+    assert float(alike) == pytest.approx(float(chance), abs=0.015)
+
+
+def test_random_rows_are_not_those_that_an_sae_of_their_seed_began_with():
+    given = rows(4000, 6, seed=0)
+    assert (rows_like(given, null_generator(0)).abs() * given.abs()).sum(1).mean() < 0.8
+    # With the seed itself, each is the one it stands for, but for signs.
+    same = rows_like(given, torch.Generator().manual_seed(0))
+    assert (same.abs() * given.abs()).sum(1).mean() > 0.99
+
+
+def test_no_rows_give_no_rows():
+    assert rows_like(torch.zeros(0, 3), torch.Generator()).shape == (0, 3)

@@ -78,3 +78,10 @@ def test_bad_files(write, tmp_path):
         read_labelled(write([*records("a"), *records("b", n=9)]))
     with pytest.raises(UserError, match="record 1 is no mapping"):
         read_labelled(write(["text"]))
+
+
+def test_a_file_of_another_encoding_is_said_to_be_one(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_bytes(b'{"text": "plain", "label": 1}\n' + '{"text": "caf\u00e9", "label": 0}\n'.encode("latin-1"))
+    with pytest.raises(UserError, match="is not UTF-8 in line 2: save the file as UTF-8"):
+        read_labelled(path)

@@ -86,3 +86,33 @@ def test_batches_do_not_matter():
 def test_refusals(change):
     with pytest.raises(UserError, match="cannot be"):
         meta_sae(base(combinations()), oracle, **change)
+
+
+def principal(rows, d_sae, k):
+    """Knows the k dimensions that hold most of the rows, in both directions, and so rebuilds these parts exactly."""
+    vectors = torch.linalg.eigh(rows.t() @ rows).eigenvectors[:, -k:].t()
+    sae = SAE(SAEConfig("topk", D_IN, d_sae, k, 0, "meta", "toy"))
+    with torch.no_grad():
+        sae.W_dec.zero_()
+        sae.W_dec[: 2 * k] = torch.cat([vectors, -vectors])
+        sae.W_enc.copy_(sae.W_dec.t())
+    return sae
+
+
+def test_rows_that_only_keep_to_few_dimensions_are_explained_no_better_than_random_ones():
+    """Random rows in 8 of 64 dimensions share no directions: what explains them is where they lie."""
+    flat = torch.randn(N, 8, generator=torch.Generator().manual_seed(2)) @ directions()[:8]
+    found = meta_sae(base(flat), principal, k=K)
+    assert 0.5 < found.fve < 0.65
+    assert found.fve_random == pytest.approx(found.fve, abs=0.03)
+
+
+def test_the_random_rows_have_a_whole_result_of_their_own():
+    found = meta_sae(base(combinations()), oracle, k=K)
+    assert found.random is not None
+    assert found.random.fve == found.fve_random < found.fve
+    assert (found.random.d_sae, found.random.k, found.random.n_rows) == (found.d_sae, K, N)
+    assert found.random.random is None
+    assert found.random.dead_fraction == found.dead_fraction == pytest.approx(0.6)
+    alone = meta_sae(base(combinations()), oracle, k=K, random=False)
+    assert alone == found._replace(random=None)

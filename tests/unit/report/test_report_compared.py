@@ -163,7 +163,7 @@ def test_models_compared_are_shown(tmp_path: Path) -> None:
     text = write_report(run).read_text(encoding="utf-8")
     assert "so there is no histogram" in text
     assert "3 shrunk, 2 decoupled" in text
-    assert "Not readable" not in text
+    assert "Not shown" not in text
     (run / "eval" / "diff" / "result.json").unlink()
     assert 'id="models"' not in write_report(run).read_text(encoding="utf-8")
 
@@ -203,6 +203,11 @@ def test_crosscoders_given_are_shown_where_the_run_has_none_of_its_own(tmp_path:
     (row,) = read_run(run).comparison.crosscoders
     assert sum(row.norm_counts) == 825
     assert row.first_only.confirmed == 4
+    text = write_report(run).read_text(encoding="utf-8")
+    section = text.split('<section id="models">')[1].split("</section>")[0]
+    assert "The crosscoders are those that <code>eval.saes</code> named" in section
+    assert "3 more are in eval/given/diff/result.json" in section
+    assert "<code>eval.saes</code>" not in write_report(write_run(tmp_path / "own")).read_text(encoding="utf-8")
 
 
 def test_bars_have_the_colour_of_their_zone() -> None:

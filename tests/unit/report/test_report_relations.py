@@ -29,7 +29,7 @@ def make(*parents: list[int], sizes: tuple[int, ...] = (), **changes: object) ->
     sizes = sizes or (max([3, *(p + 1 for p in parents[0])]), *map(len, parents))
     cosines = [[], *([0.9 - 0.1 * (i % 3) if p >= 0 else 0.25 for i, p in enumerate(found)] for found in parents)]
     levels = [
-        Level(size, f"runs/a/{size}-s0", [] if i == 0 else list(parents[i - 1]), cosines[i], [], 0.3, 0.4)
+        Level(size, f"runs/a/train/h/{size}-s0", [] if i == 0 else list(parents[i - 1]), cosines[i], [], 0.3, 0.4)
         for i, size in enumerate(sizes)
     ]
     return dataclasses.replace(Family(HOOKS[0], "topk", 16.0, "", 0, 0.5, levels), **changes)
@@ -146,18 +146,41 @@ def found_at(path: str, latents: list[int], **entry: object) -> Behavior:
 
 def test_only_latents_that_are_certainly_of_a_family_are_marked() -> None:
     other = dataclasses.replace(
-        SMALL, seed=1, levels=[dataclasses.replace(level, path=f"runs/a/{level.d_sae}-s1") for level in SMALL.levels]
+        SMALL,
+        seed=1,
+        levels=[dataclasses.replace(level, path=level.path.replace("s0", "s1")) for level in SMALL.levels],
     )
     control = dataclasses.replace(SMALL, control="random")
     sizes = [PerSize(HOOKS[0], 6, [1], {}), PerSize("elsewhere", 5, [3], {})]
-    behavior = dataclasses.replace(found_at("/moved/runs/a/5-s1", [4, 99]), per_size=sizes)
+    behavior = dataclasses.replace(found_at("/home/runs/a/train/h/5-s1", [4, 99]), per_size=sizes)
     found = found_latents([behavior])
     assert marks_of(SMALL, [SMALL, other, control], found) == [], "another seed's latents are not this one's"
     assert marks_of(control, [SMALL, control], found) == [], "a control has no found latents"
     # The chosen ones go by their path; those of another size have none, and two seeds have that size.
     assert marks_of(other, [SMALL, other, control], found) == [Mark(1, 4, "refusal", 2)]
-    # Alone, there is no doubt about either; latent 99 does not exist.
-    assert marks_of(SMALL, [SMALL, control], found) == [Mark(1, 4, "refusal", 2), Mark(2, 1, "refusal", 2)]
+    # Alone, there is no doubt about those without a path; those that have one are still another seed's.
+    assert marks_of(SMALL, [SMALL, control], found) == [Mark(2, 1, "refusal", 2)]
+    assert marks_of(other, [other, control], found) == [Mark(1, 4, "refusal", 2), Mark(2, 1, "refusal", 2)]
+    # Latents without a path are the run's own, so not of autoencoders from elsewhere.
+    assert marks_of(other, [other, control], found, given=True) == [Mark(1, 4, "refusal", 2)]
+
+
+@pytest.mark.parametrize(
+    ("path", "is_same"),
+    [
+        ("runs/a/train/h/5-s0", True),
+        ("./runs/x/../a/train/h/5-s0/", True),
+        ("a/train/h/5-s0", True),
+        ("/home/runs/a/train/h/5-s0", True),
+        ("runs/b/train/h/5-s0", False),
+        ("/home/runs/b/train/h/5-s0", False),
+        ("h/5-s0", False),
+    ],
+)
+def test_a_latent_is_of_the_autoencoder_whose_whole_path_it_has(path: str, is_same: bool) -> None:
+    """Folders of different runs have the same names inside."""
+    found = found_latents([found_at(path, [4])])
+    assert marks_of(SMALL, [SMALL], found) == ([Mark(1, 4, "refusal", 2)] if is_same else [])
 
 
 def test_the_section_is_there_with_its_numbers(tmp_path: Path) -> None:
@@ -199,7 +222,10 @@ def test_harm_is_said_only_where_it_is(tmp_path: Path) -> None:
     result["pairs"][0]["stitching"]["novel"]["fvu"] = 0.21
     view = relations_view(ReportData(name="x", relations=read_relations(result, result)))
     assert view is not None
-    assert view["harm"] == 1
+    assert (view["harm"], view["n_stitched"]) == (1, 3)
+    result["pairs"][1]["stitching"] = None  # as of a crosscoder
+    data = ReportData(name="x", relations=read_relations(result, result))
+    assert "In 1 of 2 pairs they do not" in render_report(data)
 
 
 def test_families_that_do_not_fit_together_are_left_out() -> None:

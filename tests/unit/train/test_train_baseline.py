@@ -84,3 +84,23 @@ def test_what_a_saved_sae_was_trained_as():
     assert control_of(dataclasses.replace(config, metadata={"training": "by hand"})) == TRAINED
     assert control_of(dataclasses.replace(config, metadata={"training": {"control": ["x"]}})) == TRAINED
     assert NO_CONTROL != TRAINED
+
+
+@pytest.mark.parametrize("architecture", ["topk", "hierarchical_topk"])
+def test_a_topk_sae_that_does_not_fill_its_k_has_a_random_one_that_fires_as_little(architecture):
+    acts = activations(["h"])
+    sae = trained(architecture, "h", acts)
+    with torch.no_grad():
+        # Most pre-activations are not positive any more, and top-k keeps only those that are.
+        sae.b_enc.sub_(sae.pre_acts(acts["h"]).quantile(0.99))
+    l0 = mean_l0(sae, acts)
+    assert 0.5 < l0 < 0.8 * L0
+    assert mean_l0(random_like(sae, acts), acts) == pytest.approx(l0, abs=1 / 3000)
+
+
+def test_a_silent_topk_sae_has_a_silent_random_one():
+    acts = activations(["h"])
+    sae = trained("topk", "h", acts)
+    with torch.no_grad():
+        sae.b_enc.fill_(-1e9)
+    assert mean_l0(random_like(sae, acts), acts) == 0
