@@ -227,7 +227,8 @@ def test_lower_precision_stays_close(architecture, kernels, precision, monkeypat
     sae, x = make(architecture, d_in=64, d_sae=512, l0=12.0)
     if "jumprelu" in architecture:
         with torch.no_grad():
-            sae.sparsity.threshold *= 0.999  # or it would be the very value of an entry, on a knife's edge
+            # Or L0 would be its very target, where the penalty's gradient is nothing but what rounding makes of it.
+            sae.sparsity.threshold *= 0.97
     expected = loss_and_gradients(sae, x, 0, None, kernels=pick("cpu", "reference"))
     grads = gradients(sae)
     found = loss_and_gradients(sae, x, 0, None, kernels=pick("cpu", kernels), precision=precision)
