@@ -193,7 +193,7 @@ def test_the_configuration_surface_is_frozen():
     top = [key for key in keys() if "." not in key]
     assert top == [
         "name", "runs", "lm", "data", "harvest", "sae", "train", "eval", "behavior", "steer", "organism", "log",
-        "bench", "suite", "plan", "force", "job",
+        "bench", "suite", "plugins", "plan", "force", "job",
     ]  # fmt: skip
 
 

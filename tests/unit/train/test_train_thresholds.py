@@ -88,7 +88,7 @@ def test_two_targets_give_two_l0s_from_one_start(architecture, options, tmp_path
     def stream(seed=0):
         return ToyStream({HOOK: unit_rows(96, 32)}, 256, p=0.08, spread=0.3, seed=seed)
 
-    settings = TrainSettings(total_tokens=500 * 256, batch_tokens=256, lr=3e-3, options=options)
+    settings = TrainSettings(total_tokens=1000 * 256, batch_tokens=256, lr=3e-3, options=options)
     train(stream(), [SAESpec(HOOK, architecture, 64, 6, 0)], settings, tmp_path / "base", lm_name="toy")
     reached = []
     start = str(tmp_path / "base" / SAESpec(HOOK, architecture, 64, 6, 0).folder)
