@@ -15,8 +15,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sae.autoencoder.sae import SAE, SAEConfig, load
+    from sae.autoencoder.sae import SAE, SAEConfig
     from sae.errors import UserError
+    from sae.formats.registry import load
     from sae.lm.load import load_lm
     from sae.lm.model import LanguageModel
     from sae.lm.tokens import Role, TokenBatch
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 _HOME = {
     "SAE": "sae.autoencoder.sae",
     "SAEConfig": "sae.autoencoder.sae",
-    "load": "sae.autoencoder.sae",
+    "load": "sae.formats.registry",
     "UserError": "sae.errors",
     "LanguageModel": "sae.lm.model",
     "load_lm": "sae.lm.load",

@@ -20,6 +20,8 @@ ALLOWED = {
     "lm": BASE,
     "kernels": {"errors"},
     "autoencoder": BASE | {"kernels"},
+    "hub": {"errors"},
+    "formats": BASE | {"autoencoder", "hub"},
     "organism": BASE | {"lm"},
     "activations": BASE | {"lm"},
     "steering": BASE | {"lm", "autoencoder"},
@@ -32,9 +34,11 @@ ALLOWED = {
     | {
         "config",
         "plugins",
+        "hub",
         "lm",
         "kernels",
         "autoencoder",
+        "formats",
         "organism",
         "activations",
         "steering",
@@ -45,7 +49,7 @@ ALLOWED = {
         "bench",
     },
     "cli": {"errors", "files", "config", "plugins", "stages"},
-    "__init__": {"errors", "lm", "autoencoder", "steering"},
+    "__init__": {"errors", "lm", "autoencoder", "formats", "steering"},
 }
 # Libraries that only one place knows.
 ONLY_IN = {

@@ -4,7 +4,8 @@
     latent_acts = sparsity(pre_acts)
     recons      = latent_acts @ W_dec + b_dec
 
-A saved SAE acts on raw activations: the scalar that normalised its training inputs is folded into its weights.
+A saved SAE acts on raw activations: the scalar that normalised its training inputs is folded into its weights. Some
+published SAEs normalise each token besides (see `sae.autoencoder.normalize`).
 Transcoders and crosscoders (files of their own) are SAEs whose inputs or outputs are other hook points.
 """
 
@@ -20,9 +21,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sae import files
+from sae.autoencoder import normalize
 from sae.autoencoder.site import Site
 from sae.autoencoder.sparsity import Schedule, Sparsity, check_options, find_architecture
-from sae.device import pick_device
 from sae.errors import UserError, unknown
 
 CONFIG_FILE = "config.json"
@@ -52,6 +53,8 @@ class SAEConfig:
     """Widths of the hook points a crosscoder reads, in the site's order; empty means equal ones."""
     skip: bool = False
     """Whether a transcoder also maps its input to its output linearly."""
+    normalize: str = normalize.NONE
+    """What is done to each token first, and undone last; only published SAEs have any."""
     options: dict[str, Any] = field(default_factory=dict)
     """Options of the architecture that differ from its defaults."""
     metadata: dict[str, Any] = field(default_factory=dict)
@@ -64,7 +67,10 @@ class SAEConfig:
                 raise UserError(f"SAE config: {name} must be at least 1, not {getattr(self, name)}.")
         if self.d_out < 0:
             raise UserError(f"SAE config: d_out must be at least 1, or 0 for d_in, not {self.d_out}.")
+        normalize.check(self.normalize)
         kind = self.site.kind
+        if kind == "crosscoder" and self.normalize != normalize.NONE:
+            raise UserError(f"SAE config: normalize = {self.normalize!r} is not for crosscoders: use 'none'.")
         if kind != "transcoder" and (self.skip or self.d_out not in (0, self.d_in)):
             raise UserError(f"SAE config: skip and d_out are a transcoder's, but {self.hook_name!r} makes it a {kind}.")
         n_sources = len(self.site.reads)
@@ -107,7 +113,7 @@ class SAEConfig:
 
 
 _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
-    **dict.fromkeys(("architecture", "hook_name", "lm_name", "lm_fingerprint"), ((str,), "text")),
+    **dict.fromkeys(("architecture", "hook_name", "lm_name", "lm_fingerprint", "normalize"), ((str,), "text")),
     **dict.fromkeys(("d_in", "d_sae", "d_out", "seed"), ((int,), "a whole number")),
     "l0": ((int, float), "a number"),
     "skip": ((bool,), "true or false"),
@@ -196,17 +202,23 @@ class SAE(nn.Module):
             return x
         return x - (self.b_dec.detach() if detach else self.b_dec)
 
-    def pre_acts(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_sae"]:
-        """centre(x) @ W_enc + b_enc."""
+    def encoder_input(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_in"]:
+        """centre(x) in the SAE's type, x normalised first where the SAE does that."""
         self.check_input(x.shape[-1])
-        return self.centre(x.to(device=self.device, dtype=self.dtype)) @ self.W_enc + self.b_enc
+        x = x.to(device=self.device, dtype=self.dtype)
+        frame = normalize.frame(self.config.normalize, x)
+        return self.centre(x if frame is None else frame.into(x))
+
+    def pre_acts(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_sae"]:
+        """encoder_input(x) @ W_enc + b_enc."""
+        return self.encoder_input(x) @ self.W_enc + self.b_enc
 
     def encode(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_sae"]:
         """Latent activations as at inference: BatchTopK by its threshold, JumpReLU strictly above its thresholds."""
-        return self.sparsity.infer_acts(self.pre_acts(x)).to(self.dtype)
+        return self.sparsity.encode(self, x).to(self.dtype)
 
     def decode(self, latent_acts: Float[Tensor, "... d_sae"]) -> Float[Tensor, "... d_out"]:
-        """latent_acts @ W_dec + b_dec."""
+        """latent_acts @ W_dec + b_dec; of an SAE that normalises tokens, in normalised units (see `reconstruct`)."""
         return latent_acts.to(self.dtype) @ self.W_dec + self.b_dec
 
     def reconstruct(
@@ -214,7 +226,16 @@ class SAE(nn.Module):
     ) -> Float[Tensor, "... d_out"]:
         """The output for an input and its, maybe edited, latent activations."""
         recons = self.decode(latent_acts)
-        return recons if self.W_skip is None else recons + x.to(device=self.device, dtype=self.dtype) @ self.W_skip
+        x = x.to(device=self.device, dtype=self.dtype)
+        frame = normalize.frame(self.config.normalize, x)
+        if self.W_skip is not None:
+            recons = recons + (x if frame is None else frame.into(x)) @ self.W_skip
+        return recons if frame is None else frame.back(recons)
+
+    def units(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... 1"] | None:
+        """How much of the output a decoder row of a latent at 1 is, token by token; None where it is the row itself."""
+        frame = normalize.frame(self.config.normalize, x.to(device=self.device, dtype=self.dtype))
+        return None if frame is None else frame.scale
 
     def forward(self, x: Float[Tensor, "... d_in"]) -> SAEOutput:
         """Encode and decode."""
@@ -226,6 +247,18 @@ class SAE(nn.Module):
     ) -> Float[Tensor, "... d_out"]:
         """What the SAE misses, to be added back when only latents are edited: x (or the target) - recons."""
         return (x if target is None else target).to(self.dtype) - self.forward(x).recons
+
+    def finite_state(self) -> dict[str, Tensor]:
+        """The state, to be written.
+
+        Raises:
+            UserError: the weights are not finite.
+        """
+        state = self.state_dict()
+        for name, tensor in state.items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise UserError(f"{name} of the SAE for {self.config.hook_name!r} is not finite: it is not saved.")
+        return state
 
     @torch.no_grad()
     def fold_scales(self, reads: Sequence[float], writes: Sequence[float]) -> None:
@@ -250,10 +283,7 @@ class SAE(nn.Module):
         Raises:
             UserError: the weights are not finite.
         """
-        state = self.state_dict()
-        for name, tensor in state.items():
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise UserError(f"{name} of the SAE for {self.config.hook_name!r} is not finite: it is not saved.")
+        state = self.finite_state()
         with files.atomic_folder(folder) as temporary:
             files.write_tensors(temporary / WEIGHTS_FILE, state)
             config = dataclasses.asdict(self.config)
@@ -326,8 +356,3 @@ def read_config(folder: Path | str) -> SAEConfig:
             raise UserError(f"{str(path)!r} has no {name!r}: add it, or save the SAE anew.")
     _check_types(raw)
     return SAEConfig(**raw)
-
-
-def load(path: Path | str, *, device: torch.device | str = "cpu") -> SAE:
-    """Open a trained SAE from its folder, ready for use; see `SAE.load`. The device may be "auto"."""
-    return SAE.load(path, device=pick_device(str(device))).eval()

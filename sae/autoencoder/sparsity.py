@@ -12,7 +12,7 @@ the dense path; overriding `select` as well opens the sparse one.
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -21,6 +21,9 @@ from torch import Tensor, nn
 from sae.errors import UserError, unknown
 from sae.kernels.operands import Entries, Projection
 from sae.kernels.reference import Kernels
+
+if TYPE_CHECKING:
+    from sae.autoencoder.sae import SAE
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,8 @@ class Sparsity(nn.Module):
     """Whether dead latents are revived by the auxiliary loss (see `loss.auxk`)."""
     unitless: ClassVar[frozenset[str]] = frozenset()
     """Parameters that are no lengths: they do not change with the unit of activations."""
+    trainable: ClassVar[bool] = True
+    """Whether it can be trained here; others are only read from elsewhere and used."""
 
     def __init__(
         self,
@@ -149,6 +154,10 @@ class Sparsity(nn.Module):
     def infer_acts(self, pre_acts: Float[Tensor, "... d_sae"]) -> Float[Tensor, "... d_sae"]:
         """Latent activations of a finished SAE; each token stands alone."""
         return self.activate(pre_acts, slice(None))
+
+    def encode(self, sae: "SAE", x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_sae"]:
+        """Likewise, from raw activations: for architectures that are no function of the pre-activations."""
+        return self.infer_acts(sae.pre_acts(x))
 
     # What the loss is made of, besides the error of the reconstruction
 
@@ -221,6 +230,11 @@ def find_architecture(name: str) -> type[Sparsity]:
     if name not in ARCHITECTURES:
         raise unknown("architecture", name, sorted(ARCHITECTURES), "Own ones need register() first.")
     return ARCHITECTURES[name]
+
+
+def trainable_architectures() -> list[str]:
+    """Names of those that can be trained here, sorted."""
+    return sorted(name for name, cls in ARCHITECTURES.items() if cls.trainable)
 
 
 def check_options(given: Mapping[str, Any], architectures: list[str]) -> None:

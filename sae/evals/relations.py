@@ -312,9 +312,11 @@ class _Sums:
         if not len(x):
             return
         x, error, decoder = x.to(near.device).double(), error.to(near.device).float(), large.W_dec.float()
+        own = x.float() - large.reconstruct(x, latent_acts).float()
+        units = large.units(x)
+        latent_acts = latent_acts if units is None else latent_acts * units.float()
         known = (latent_acts * near) @ decoder
         novel = (latent_acts * ~near) @ decoder
-        own = x.float() - large.decode(latent_acts).float()
         errors = [error, error - novel, error - known, own]
         self.errors += torch.stack([part.double().square().sum() for part in errors])
         # ||e - z d||^2 - ||e||^2, summed over tokens.

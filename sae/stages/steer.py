@@ -5,10 +5,10 @@
 Prompts are user turns of a chat where the model has a chat template, else plain text.
 """
 
-from sae.autoencoder.sae import load
 from sae.config import RunConfig
 from sae.errors import UserError
 from sae.files import write_json
+from sae.formats.registry import load
 from sae.lm.tokens import Role
 from sae.report.terminal import clean
 from sae.stages import common

@@ -160,7 +160,8 @@ class _OnLatents(_Scoped):
         index = torch.tensor(latents, device=device)
         acts = self.encoder.encode(x.to(device))[..., index].float()
         moved: Tensor = (values.to(device) - acts) @ self.encoder.W_dec.detach()[index].float()
-        return moved.to(x.device)
+        units = self.encoder.units(x.to(device)) if hasattr(self.encoder, "units") else None
+        return (moved if units is None else moved * units.float()).to(x.device)
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ from typing import Any
 
 from sae.autoencoder.sae import SAEConfig
 from sae.autoencoder.site import Site
-from sae.autoencoder.sparsity import find_architecture
+from sae.autoencoder.sparsity import find_architecture, trainable_architectures
 from sae.errors import UserError, unknown
 from sae.train.controls import FROZEN, TRAINED
 
@@ -41,7 +41,13 @@ class SAESpec:
             raise UserError(f"d_sae = {self.d_sae} is less than 1: give each SAE at least one latent.")
         if not self.l0 > 0:
             raise UserError(f"target l0 = {self.l0:g} is not above 0: say how many latents should fire per token.")
-        find_architecture(self.architecture).check(self.d_sae, self.l0)
+        architecture = find_architecture(self.architecture)
+        if not architecture.trainable:
+            raise UserError(
+                f"{self.architecture!r} is for SAEs that were trained elsewhere: train one of "
+                f"{', '.join(trainable_architectures())}."
+            )
+        architecture.check(self.d_sae, self.l0)
         kind = self.site.kind
         if self.control not in FROZEN:
             raise unknown("control", self.control, [name for name in FROZEN if name])

@@ -62,7 +62,7 @@ def check_alike(ours: SAEConfig, theirs: SAEConfig) -> None:
     Raises:
         UserError: naming what differs.
     """
-    for name in ("architecture", "d_in", "d_sae", "width_out", "skip"):
+    for name in ("architecture", "d_in", "d_sae", "width_out", "skip", "normalize"):
         if getattr(ours, name) != getattr(theirs, name):
             raise UserError(
                 f"the SAE to start from has {name} = {getattr(theirs, name)!r}, but the one to train has "

@@ -4,11 +4,24 @@ from sae.autoencoder.architectures import (
     abs_topk,
     batch_topk,
     gated,
+    groupmax,
     hierarchical_topk,
     jumprelu,
+    matching_pursuit,
     matryoshka,
     relu,
     topk,
 )
 
-__all__ = ["abs_topk", "batch_topk", "gated", "hierarchical_topk", "jumprelu", "matryoshka", "relu", "topk"]
+__all__ = [
+    "abs_topk",
+    "batch_topk",
+    "gated",
+    "groupmax",
+    "hierarchical_topk",
+    "jumprelu",
+    "matching_pursuit",
+    "matryoshka",
+    "relu",
+    "topk",
+]
