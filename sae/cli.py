@@ -9,7 +9,7 @@ import importlib
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -25,10 +25,16 @@ class Stage(NamedTuple):
 
 RECIPE = "recipe.json"  # in a run's folder: the settings it was begun with
 # What is said for one command only, and is no part of a run's settings:
-ONCE = ("force=", "steer.", "organism.action=", "suite=", "bench.", "plan=", "eval.saes=", "eval.force=")
+ONCE = ("force=", "steer.", "convert.", "organism.action=", "suite=", "bench.", "plan=", "eval.saes=", "eval.force=")
 # Stages that try values out: a run's own of these keys do not reach them, nor do theirs become the run's. What else
 # they are given is remembered only where the run has no value yet.
 TRIALS = {"l0": ("sae.l0=",)}
+
+# What a stage may leave out of its keys:
+SHORT = {
+    "l0": {"hook_name": "harvest.hook_names=[{}]", "d_sae": "sae.d_sae=[{}]"},
+    "convert": {name: f"convert.{name}={{}}" for name in ("src", "dst", "format", "hook_name", "lm_name", "k")},
+}
 
 STAGES = {
     "demo": Stage("sae.stages.demo", "the whole path on one model, ending in a report"),
@@ -40,6 +46,7 @@ STAGES = {
         "sae.stages.evaluate", "reconstruction and spliced cross-entropy on held-out tokens; suite=... for more"
     ),
     "behavior": Stage("sae.stages.behavior", "find the latents behind a behaviour and test them causally"),
+    "convert": Stage("sae.stages.convert", "write an SAE in another library's format (src=... dst=... format=...)"),
     "steer": Stage("sae.stages.steer", "generate with a latent clamped, beside the model's own words"),
     "report": Stage("sae.stages.report", "write the run's self-contained HTML page"),
     "bench": Stage("sae.stages.bench", "time this package beside its peers (suite=train, ..., all)"),
@@ -65,8 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise unknown("stage", name, list(STAGES), "`sae --help` lists them.")
         if name == "organism" and overrides[:1] == ["train"]:
             overrides = ["organism.action=train", *overrides[1:]]
-        if name == "l0":
-            overrides = [_spelled_out(item) for item in overrides]
+        if name in SHORT:
+            overrides = [_spelled_out(item, SHORT[name]) for item in overrides]
         _run_hydra(name, overrides)
     except UserError as error:
         _fail(str(error), 2)
@@ -74,11 +81,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(str(stop) or "stopped; what is finished is kept, and the same command goes on from there.", 130)
 
 
-def _spelled_out(override: str) -> str:
-    """Let `sae l0` name its one hook point and size without the lists that other stages take."""
+def _spelled_out(override: str, short: Mapping[str, str]) -> str:
+    """The override in full, where a stage has a short form for its key."""
     key, _, value = override.partition("=")
-    full = {"hook_name": "harvest.hook_names", "d_sae": "sae.d_sae"}.get(key)
-    return f"{full}=[{value}]" if full else override
+    return short[key].format(value) if key in short else override
 
 
 def _run_hydra(stage: str, given: list[str]) -> None:

@@ -232,6 +232,22 @@ class SteerConfig:
 
 
 @dataclass
+class ConvertConfig:
+    """Writing an SAE in another format."""
+
+    src: str = ""  # folder or file of an SAE in any format, or owner/repo:folder on the hub
+    dst: str = ""  # folder to write
+    format: str = ""  # of what is written: sae, saelens, sparsify, dictionary_learning
+    src_format: str = ""  # of what is read; "" tells it by its files
+    hook_name: str | None = None  # what the source's files do not say
+    lm_name: str | None = None
+    k: int | None = None
+    layer: int | None = None
+    scale: float | None = None
+    push: str = ""  # owner/repo on the hub to upload what was written to, with a model card
+
+
+@dataclass
 class OrganismConfig:
     """Training the model organism anew, or measuring the one at `lm.name`."""
 
@@ -289,6 +305,7 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     behavior: BehaviorConfig = field(default_factory=BehaviorConfig)
     steer: SteerConfig = field(default_factory=SteerConfig)
+    convert: ConvertConfig = field(default_factory=ConvertConfig)
     organism: OrganismConfig = field(default_factory=OrganismConfig)
     log: LogConfig = field(default_factory=LogConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
