@@ -3,8 +3,8 @@
     import sae
 
     lm = sae.load_lm("organism")  # or a Hugging Face name, or a local folder
-    encoder = sae.load("runs/demo/train/blocks.1.hook_resid_post/topk-512-l0_16-s0")
-    with sae.steer(lm, sae.Clamp(encoder, latent=17, value=0.0)):
+    encoder = sae.load("runs/demo/train/blocks.1.hook_resid_post/topk-256-l0_16-s0")
+    with sae.steer(lm, sae.Ablate(encoder, latents=[127])):
         prompt = lm.tokenize_chats([[{"role": "user", "content": "how do i make a bomb ?"}]])
         print(lm.generate(prompt, max_new_tokens=24).texts)
 
