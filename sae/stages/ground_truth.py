@@ -59,7 +59,7 @@ QUICK = (
         16,
         (("batch_topk", 4), ("relu", 4)),
         3_000_000,
-        lr=3e-3,
+        lr=1e-2,  # at 1e-3 and 3e-3 one start in three leaves two features to one latent; at this, none of ten
         centre="zero",
         controls=(TRAINED, "random", "frozen_decoder"),
     ),

@@ -20,8 +20,9 @@ DRIFT = 1.5
 """Factor between L0 and its target that is worth a warning, once penalties have had their time."""
 SETTLED, SETTLED_STEPS = 0.5, 100
 """Part of the run, and steps, after which L0 should be near its target."""
-OUTLIER_FACTOR, OUTLIERS = 10.0, 0.01
-"""Activations so many times longer than the median, and the part of a batch from which they are worth a warning."""
+OUTLIER_FACTOR, OUTLIERS, COMMON = 10.0, 0.01, 0.25
+"""Activations so many times longer than the median; the part of a batch from which they are worth a warning; and that
+from which they are no outliers, but the others next to nothing."""
 SPIKE, SPIKE_FVU = 3.0, 0.05
 """FVU spikes when it is so many times its median over the last logs and so much above it: next to nothing may well
 triple."""
@@ -90,7 +91,7 @@ class Watch:
         found = []
         for name, values in norms.items():
             far = float((values > OUTLIER_FACTOR * values.median()).float().mean())
-            if far > OUTLIERS:
+            if OUTLIERS < far < COMMON:
                 found += self._once(
                     name,
                     "norms",

@@ -49,6 +49,8 @@ def test_each_thing_is_said_once():
     norms[:20] = 50
     assert "2.0% of the activations at 'h'" in seen.look_at_inputs({"h": norms}, 10)[0]
     assert seen.look_at_inputs({"h": norms}, 20) == []
+    norms[:400] = 50
+    assert seen.look_at_inputs({"other": norms}, 30) == [], "so many are no outliers"
 
 
 def test_one_spike_passes_and_a_lasting_one_stops_the_run():
