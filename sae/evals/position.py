@@ -18,7 +18,7 @@ Traps. The first positions are unlike the rest (BOS is left alone, there is hard
 last: look at `n`. Rows of packed text hold several documents, so that a position in the row is none in the document;
 give `positions` then.
 
-Of two models (`sae.lm.pair`) each is read with what is written into it, as in `splice_models`; of a crosscoder of both
+Of two models (`sae.lm.pair`) each is read with what is written into it, as in `splice_all`; of a crosscoder of both
 the curves are over the predictions of both, a row being that of the text.
 """
 
@@ -110,9 +110,10 @@ def by_position(
         positions=positions,
         bin_width=bin_width,
     )
-    return found[0]
+    return found[0].together
 
 
+@torch.no_grad()
 def by_position_all(
     lm: Any,
     saes: Sequence[SAE],
@@ -123,8 +124,10 @@ def by_position_all(
     positions: Callable[[TokenBatch], Int[Tensor, "batch pos"]] = TokenBatch.positions,
     bin_width: int = 1,
     progress: Callable[[], None] = lambda: None,
-) -> list[PositionResult]:
+) -> list[PairedPositions]:
     """Measure the curves of many SAEs on the same tokens: one clean pass and one pass an SAE, per batch.
+
+    Of a `sae.lm.pair.PairedModel`, with the curves of each of the two models.
 
     Args:
         lm: as in `splice.splice`.
@@ -139,32 +142,6 @@ def by_position_all(
     Raises:
         UserError: as in `by_position`.
     """
-    found = by_position_models(
-        lm,
-        saes,
-        batches,
-        hook_names=hook_names,
-        splice_mask=splice_mask,
-        positions=positions,
-        bin_width=bin_width,
-        progress=progress,
-    )
-    return [each.together for each in found]
-
-
-@torch.no_grad()
-def by_position_models(
-    lm: Any,
-    saes: Sequence[SAE],
-    batches: Iterable[TokenBatch],
-    *,
-    hook_names: Sequence[str] | None = None,
-    splice_mask: Callable[[TokenBatch], Bool[Tensor, "batch pos"]] | None = None,
-    positions: Callable[[TokenBatch], Int[Tensor, "batch pos"]] = TokenBatch.positions,
-    bin_width: int = 1,
-    progress: Callable[[], None] = lambda: None,
-) -> list[PairedPositions]:
-    """As `by_position_all`, with the curves of each model where `lm` is a `sae.lm.pair.PairedModel`."""
     if bin_width < 1:
         raise UserError(f"bin_width={bin_width} is not positive: give 1 or more.")
     sites = [sae.config.site for sae in saes] if hook_names is None else [Site((name,), (name,)) for name in hook_names]

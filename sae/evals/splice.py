@@ -75,9 +75,10 @@ def splice(
         UserError: there is no prediction to count, or the SAE does not fit the hook point.
     """
     hook_names = None if hook_name is None else [hook_name]
-    return splice_all(lm, [sae], batches, hook_names=hook_names, splice_mask=splice_mask)[0]
+    return splice_all(lm, [sae], batches, hook_names=hook_names, splice_mask=splice_mask)[0].together
 
 
+@torch.no_grad()
 def splice_all(
     lm: Any,
     saes: Sequence[SAE],
@@ -86,8 +87,10 @@ def splice_all(
     hook_names: Sequence[str] | None = None,
     splice_mask: Callable[[TokenBatch], Bool[Tensor, "batch pos"]] | None = None,
     progress: Callable[[], None] = lambda: None,
-) -> list[SpliceResult]:
+) -> list[PairedSplices]:
     """Measure many SAEs on the same tokens: one clean pass, one zero pass a site and one pass an SAE, per batch.
+
+    Of a `sae.lm.pair.PairedModel`, with the damage to each of the two models.
 
     Args:
         lm: as in `splice`.
@@ -100,21 +103,6 @@ def splice_all(
     Raises:
         UserError: there is no prediction to count, or an SAE does not fit its hook point.
     """
-    found = splice_models(lm, saes, batches, hook_names=hook_names, splice_mask=splice_mask, progress=progress)
-    return [each.together for each in found]
-
-
-@torch.no_grad()
-def splice_models(
-    lm: Any,
-    saes: Sequence[SAE],
-    batches: Iterable[TokenBatch],
-    *,
-    hook_names: Sequence[str] | None = None,
-    splice_mask: Callable[[TokenBatch], Bool[Tensor, "batch pos"]] | None = None,
-    progress: Callable[[], None] = lambda: None,
-) -> list[PairedSplices]:
-    """As `splice_all`, with the damage to each model where `lm` is a `sae.lm.pair.PairedModel`."""
     sites = [sae.config.site for sae in saes] if hook_names is None else [Site((name,), (name,)) for name in hook_names]
     elsewhere = list(dict.fromkeys(name for site in sites if site.kind != "sae" for name in site.reads))
     models = models_of(lm)

@@ -33,9 +33,10 @@ def run(config: RunConfig) -> None:
     words = vocabulary_words(lm)
     # Figures are means over letters.
     enough = len(measurable(words, first_letters(words), seed=config.eval.seed)) >= 2
-    work = measured.begin(config, lm, {"seed": config.eval.seed}, check=_check_kinds, needs_saes=enough)
+    work = measured.find(config, lm, {"seed": config.eval.seed}, check=_check_kinds, needs_saes=enough)
     if work is None:
         return
+    work.open()
     rows = _measure(config, lm, work, words) if enough else []
     message = _message(lm, words, rows)
     columns = [*measured.identity(rows), "fraction", "full", "n_main", "n_letters", "probe_f1"]

@@ -15,7 +15,7 @@ from sae.activations.harvest import Passes
 from sae.autoencoder.sae import SAE, WEIGHTS_FILE
 from sae.config import RunConfig
 from sae.evals.reconstruction import ReconstructionMeter, ReconstructionResult
-from sae.evals.splice import PairedSplices, SpliceResult, splice_models
+from sae.evals.splice import PairedSplices, SpliceResult, splice_all
 from sae.files import write_json, write_manifest, write_tensors
 from sae.lm.model import LanguageModel
 from sae.lm.pair import PREFIX, is_pairs, names_of
@@ -151,7 +151,7 @@ def _splice_all(
         return sae_mask(batch.roles, config.data.include_special)
 
     with Progress(len(batches), "evaluate splicing", unit="batch") as bar:
-        return [*splice_models(lm, saes, batches, splice_mask=seen, progress=bar.update)]
+        return [*splice_all(lm, saes, batches, splice_mask=seen, progress=bar.update)]
 
 
 def padded_batches(packed: PackedTokens, batch_tokens: int, device: str) -> Iterator[TokenBatch]:

@@ -40,9 +40,10 @@ def run(config: RunConfig) -> None:
     """Run the suite."""
     lm = common.open_lm(config.lm)
     settings = {"meta_steps": config.eval.meta_steps, "seed": config.eval.seed}
-    work = measured.begin(config, lm, settings, held_out=True)
+    work = measured.find(config, lm, settings, held_out=True)
     if work is None:
         return
+    work.open()
     found = measure_reconstruction(lm, [item.sae for item in work.saes], work.held_out, config)
     rows: list[dict[str, Any]] = []
     with Progress(2 * config.eval.meta_steps * len(work.saes), "train meta-SAEs", unit="step") as bar:

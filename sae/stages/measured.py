@@ -145,23 +145,6 @@ class Work:
         print(f"{path}: {len(self.configs)} SAEs in {wall:.1f} s")
 
 
-def begin(
-    config: RunConfig,
-    lm: LanguageModel,
-    settings: Mapping[str, Any],
-    inputs: Mapping[str, str] | None = None,
-    *,
-    held_out: bool = False,
-    check: Check = lambda saes: None,
-    needs_saes: bool = True,
-) -> Work | None:
-    """`find` the SAEs, load all of them and open the suite's folder; None when it was done before."""
-    work = find(config, lm, settings, inputs, held_out=held_out, check=check, needs_saes=needs_saes)
-    if work is not None:
-        work.open()
-    return work
-
-
 def find(
     config: RunConfig,
     lm: LanguageModel,

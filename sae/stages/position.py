@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from sae.config import RunConfig
-from sae.evals.position import PairedPositions, PositionResult, by_position_models
+from sae.evals.position import PairedPositions, PositionResult, by_position_all
 from sae.lm.model import LanguageModel
 from sae.lm.pair import names_of
 from sae.lm.tokens import TokenBatch, sae_mask
@@ -27,16 +27,17 @@ def run(config: RunConfig) -> None:
     """Run the suite."""
     lm = common.open_lm(config.lm)
     settings = {"bin_width": config.eval.bin_width, "batch_tokens": config.eval.batch_tokens}
-    work = measured.begin(config, lm, settings, held_out=True)
+    work = measured.find(config, lm, settings, held_out=True)
     if work is None:
         return
+    work.open()
     batches = list(padded_batches(work.held_out, config.eval.batch_tokens, lm.device))
 
     def seen(batch: TokenBatch) -> torch.Tensor:
         return sae_mask(batch.roles, config.data.include_special)
 
     with Progress(len(batches), "evaluate by position", unit="batch") as bar:
-        curves = by_position_models(
+        curves = by_position_all(
             lm,
             [item.sae for item in work.saes],
             batches,

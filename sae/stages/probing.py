@@ -53,9 +53,10 @@ def run(config: RunConfig) -> None:
     def check(saes: Sequence[SAESpec | SAEConfig]) -> None:
         check_ks(options.ks, min(sae.d_sae for sae in saes))
 
-    work = measured.begin(config, lm, settings, {"labels": sha256_file(options.labels)}, check=check)
+    work = measured.find(config, lm, settings, {"labels": sha256_file(options.labels)}, check=check)
     if work is None:
         return
+    work.open()
     items = work.saes
     if work.wants_baselines:
         items = list(measured.beside(items, _randoms(config, lm, [item.sae for item in items], texts)))

@@ -6,9 +6,9 @@ from tiny_lms import save_checkpoint
 
 from sae.autoencoder.crosscoder import Crosscoder
 from sae.autoencoder.sae import SAE, SAEConfig
-from sae.evals.position import METRICS, by_position, by_position_models
+from sae.evals.position import METRICS, by_position, by_position_all
 from sae.evals.reconstruction import ReconstructionMeter
-from sae.evals.splice import splice, splice_all, splice_models
+from sae.evals.splice import splice, splice_all
 from sae.lm.load import load_lm
 from sae.lm.pair import PairedModel
 
@@ -40,7 +40,7 @@ def batch(paired):
 
 
 def test_each_model_is_charged_with_its_own_part(paired, batch):
-    both, first, neither = splice_models(paired, [exact(1, 1), exact(1, 0), exact(0, 0)], [batch])
+    both, first, neither = splice_all(paired, [exact(1, 1), exact(1, 0), exact(0, 0)], [batch])
     for found in (both, first, neither):
         assert list(found.models) == ["", "pair."]
     for prefix in ("", "pair."):
@@ -57,19 +57,17 @@ def test_each_model_is_charged_with_its_own_part(paired, batch):
 
 def test_an_sae_of_one_model_is_spliced_into_that_one(paired, batch):
     own, theirs = (SAE(SAEConfig("relu", D, 64, 0.0, 0, name, "toy")) for name in (HOOK, f"pair.{HOOK}"))
-    found = splice_models(paired, [own, theirs], [batch])
+    found = splice_all(paired, [own, theirs], [batch])
     assert [list(each.models) for each in found] == [[""], ["pair."]]
     alone = SAE(SAEConfig("relu", D, 64, 0.0, 0, HOOK, "toy"))
     alone.load_state_dict(theirs.state_dict())
     assert found[1].together == splice(paired.pair, alone, [batch])
-    assert found[0].together == splice(paired, own, [batch]) == splice_all(paired, [own], [batch])[0]
+    assert found[0].together == splice(paired, own, [batch]) == splice_all(paired, [own], [batch])[0].together
 
 
 def test_curves_by_position_add_up_to_what_each_model_loses(paired, batch):
     saes = [exact(1, 0), SAE(SAEConfig("relu", D, 64, 0.0, 0, f"pair.{HOOK}", "toy"))]
-    for curves, spliced in zip(
-        by_position_models(paired, saes, [batch]), splice_models(paired, saes, [batch]), strict=True
-    ):
+    for curves, spliced in zip(by_position_all(paired, saes, [batch]), splice_all(paired, saes, [batch]), strict=True):
         assert list(curves.models) == list(spliced.models)
         parts = [(curves.together, spliced.together)]
         parts += [(curves.models[name], spliced.models[name]) for name in curves.models]
@@ -85,7 +83,7 @@ def test_two_models_make_no_more_rows(paired, batch):
     twins = PairedModel(paired._first, paired._first)
     sae = exact(0, 0)
     rows = batch.select([0, 1])
-    (found,) = by_position_models(twins, [sae], [rows])
+    (found,) = by_position_all(twins, [sae], [rows])
     alone = SAE(SAEConfig("relu", D, 64, 0.0, 0, HOOK, "toy"))
     with torch.no_grad():
         alone.W_dec.zero_()

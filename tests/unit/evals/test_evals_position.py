@@ -43,7 +43,7 @@ def test_many_saes_at_once_are_each_alone():
     for found, kind in zip(both, ("zero", "identity"), strict=True):
         alone = by_position(FakeLM(), coder(kind), batches)
         for name in module.METRICS:
-            assert torch.equal(getattr(found, name).mean, getattr(alone, name).mean)
+            assert torch.equal(getattr(found.together, name).mean, getattr(alone, name).mean)
 
 
 def test_a_perfect_sae_costs_nothing_anywhere():

@@ -78,7 +78,9 @@ def test_every_architecture_meets_its_target_in_superposition(tmp_path, architec
     result = train(stream, grid([HOOK], [256], [architecture], [8], [0]), settings, tmp_path, lm_name="toy")
     found = held_out(stream, SAE.load(result.saes[0].folder))
     assert found.l0 == pytest.approx(8, rel=0.05)
-    assert found.fvu < (0.55 if architecture == "relu" else 0.4)  # an L1 shrinks what it keeps
+    # An L1 shrinks what it keeps, GroupMax keeps one of each group though it needs two; the other penalties are slow.
+    bars = {"relu": 0.55, "groupmax": 0.3} | ({architecture: 0.4} if options else {})
+    assert found.fvu < bars.get(architecture, 0.25)
 
 
 def test_an_l0_that_no_penalty_moves_does_not_throw_up_the_coefficient():
