@@ -94,7 +94,7 @@ def push(folder: Path, repo: str, *, path_in_repo: str = "", card: str | None = 
                 path_or_fileobj=card.encode(), path_in_repo="README.md", repo_id=repo, commit_message="Write the card"
             )
     except Exception as error:
-        raise _said(error, name) from error
+        raise _said(error, name, pushing=True) from error
     return f"https://huggingface.co/{repo}"
 
 
@@ -104,7 +104,7 @@ def _offline() -> bool:
     return bool(constants.HF_HUB_OFFLINE)
 
 
-def _said(error: Exception, name: HubName) -> Exception:
+def _said(error: Exception, name: HubName, *, pushing: bool = False) -> Exception:
     """What the hub's library raises, as a sentence; what it is not known to raise, as it is."""
     from huggingface_hub import errors
 
@@ -127,6 +127,8 @@ def _said(error: Exception, name: HubName) -> Exception:
         return UserError(f"{name.repo!r} is not a repository's name: it is owner/name.")
     if isinstance(error, errors.LocalEntryNotFoundError) or _is_connection(error):
         how = "offline is asked for (HF_HUB_OFFLINE=1)" if _offline() else "the hub could not be reached"
+        if pushing:
+            return UserError(f"{str(name)!r} was not uploaded, since {how}: go online, and give the command once more.")
         return UserError(f"{str(name)!r} is not in the cache and {how}: go online, or give a local folder.")
     return error
 

@@ -108,9 +108,7 @@ def assemble_layer(parts: LayerParts, layer: int, given: Given, reads: str, writ
 
 def matches(path: Path) -> bool:
     """Tell by the weights' file names."""
-    if path.is_file():
-        return _FILE.fullmatch(path.name) is not None
-    return any(_FILE.fullmatch(item.name) for item in path.glob("W_enc_*.safetensors"))
+    return settings.holds(path, _FILE)
 
 
 def read(path: Path, given: Given) -> SAE:

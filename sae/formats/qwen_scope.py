@@ -44,9 +44,7 @@ def parse(path: Path) -> Names:
 
 def matches(path: Path) -> bool:
     """Tell by the files' names."""
-    if path.is_file():
-        return _FILE.fullmatch(path.name) is not None
-    return any(_FILE.fullmatch(item.name) for item in path.glob("layer*.sae.pt"))
+    return settings.holds(path, _FILE)
 
 
 def read(path: Path, given: Given) -> SAE:

@@ -142,3 +142,9 @@ def layer_of(path: Path, pattern: re.Pattern[str], given: Given) -> int:
 def about(format: str, path: Path, said: Mapping[str, Any]) -> dict[str, Any]:
     """The metadata of an SAE that was read: where it comes from and what its files said."""
     return {"source": {"format": format, "path": str(path), "said": dict(said)}}
+
+
+def holds(path: Path, names: re.Pattern[str]) -> bool:
+    """Whether a file has such a name, or a folder such a file."""
+    files = [path] if path.is_file() else path.iterdir() if path.is_dir() else []
+    return any(names.fullmatch(file.name) for file in files)

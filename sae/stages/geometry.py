@@ -31,8 +31,6 @@ from sae.train.settings import TrainSettings
 META_ROWS = 1_024
 """Decoder rows in a training step of a meta-SAE."""
 META_K = 4
-META_SEED = 2_000_003
-"""Added to `eval.seed` for what a meta-SAE begins with."""
 QUANTILES = (0.05, 0.5, 0.95)
 
 
@@ -118,8 +116,7 @@ def _meta(
         return None
 
     def train(rows: Tensor, d_sae: int, k: int) -> SAE:
-        # From one seed the first rows of a meta-SAE and those of an SAE or of random rows would be the same.
-        spec = SAESpec("decoder_rows", "batch_topk", d_sae, k, config.eval.seed + META_SEED)
+        spec = SAESpec("decoder_rows", "batch_topk", d_sae, k, config.eval.seed)
         settings = TrainSettings(n_steps * META_ROWS, META_ROWS, encoder_dtype="float32")
         return train_on_rows(rows, spec, settings, progress)
 

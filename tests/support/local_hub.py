@@ -1,5 +1,6 @@
 """A stand-in for the Hugging Face hub on this machine: its file layout over HTTP, with faults on demand."""
 
+import base64
 import contextlib
 import hashlib
 import json
@@ -55,6 +56,40 @@ def serve(root: Path) -> Iterator[LocalHub]:
 
         def do_GET(self) -> None:
             self._route()
+
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            path = unquote(urlsplit(self.path).path).strip("/")
+            if path == "api/validate-yaml":
+                return self._json({"errors": [], "warnings": []})
+            if self.headers.get("Authorization") != "Bearer right":
+                return self._answer(401, b"{}")
+            if path == "api/repos/create":
+                about = json.loads(body)
+                repo = "/".join(filter(None, (about.get("organization"), about["name"])))
+                (root / repo).mkdir(parents=True, exist_ok=True)
+                return self._json({"url": f"{hub.endpoint}/{repo}", "name": repo})
+            repo, _, action = path.removeprefix("api/models/").partition("/preupload/")
+            if action:
+                files = [
+                    {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                    for file in json.loads(body)["files"]
+                ]
+                return self._json({"files": files})
+            repo, _, action = path.removeprefix("api/models/").partition("/commit/")
+            assert action, path
+            for line in filter(None, body.decode().splitlines()):
+                entry = json.loads(line)
+                if entry["key"] == "file":
+                    file = root / repo / entry["value"]["path"]
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    file.write_bytes(base64.b64decode(entry["value"]["content"]))
+            return self._json(
+                {"commitUrl": f"{hub.endpoint}/{repo}/commit/{COMMIT}", "commitOid": COMMIT, "success": True}
+            )
+
+        def _json(self, value: object) -> None:
+            self._answer(200, json.dumps(value).encode(), Content_Type="application/json")
 
         def _route(self) -> None:
             path = unquote(urlsplit(self.path).path).strip("/")

@@ -22,6 +22,17 @@ except UserError as error:
     sys.exit(f"UserError: {error}")
 """
 
+PUSH = """
+import sys
+from pathlib import Path
+from sae import hub
+from sae.errors import UserError
+try:
+    print(hub.push(Path(sys.argv[1]), "owner/new", path_in_repo="one", card="# A card"))
+except UserError as error:
+    sys.exit(f"UserError: {error}")
+"""
+
 
 @pytest.fixture
 def local(tmp_path):
@@ -34,10 +45,10 @@ def local(tmp_path):
         yield hub
 
 
-def fetch(tmp_path, name, endpoint, **env):
+def fetch(tmp_path, name, endpoint, script=FETCH, **env):
     settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"} | env
     done = subprocess.run(
-        [sys.executable, "-c", FETCH, name],
+        [sys.executable, "-c", script, name],
         env=os.environ | settings | {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_XET": "1"},
         capture_output=True,
         text=True,
@@ -96,6 +107,25 @@ def test_a_gated_repository_says_how_to_get_in(local, tmp_path):
     assert status == 1
     assert "is gated" in err[0]
     assert "HF_TOKEN" in err[0]
+
+
+def test_what_is_pushed_is_there(local, tmp_path):
+    folder = local.root / "owner" / "saes" / "two"
+    status, _, err = fetch(tmp_path, str(folder), local.endpoint, PUSH, HF_TOKEN="wrong")
+    assert status == 1
+    assert "refuses access to 'owner/new'" in err[0]
+    assert "HF_TOKEN" in err[0]
+    assert not (local.root / "owner" / "new").exists()
+    status, _, err = fetch(tmp_path, str(folder), "http://127.0.0.1:9", PUSH, HF_TOKEN="right")
+    assert status == 1
+    assert "was not uploaded, since the hub could not be reached" in err[0]
+    status, out, err = fetch(tmp_path, str(folder), local.endpoint, PUSH, HF_TOKEN="right")
+    assert status == 0, err
+    assert out == "https://huggingface.co/owner/new"
+    new = local.root / "owner" / "new"
+    assert (new / "README.md").read_text() == "# A card"
+    for name in ("config.json", "weights.bin"):
+        assert (new / "one" / name).read_bytes() == (folder / name).read_bytes()
 
 
 def test_without_a_network_it_says_so(tmp_path):
