@@ -146,7 +146,7 @@ def _paths(config: RunConfig, lm: LanguageModel) -> list[Path]:
             remedy = f"train.start={path} goes on with it here"
             common.check_belongs(lm, found, path, force=False, remedy=remedy)
         return paths
-    trained = zip(ensure_trained(config, lm), make_grid(config, lm), strict=True)
+    trained = zip(ensure_trained(common.as_needed(config), lm), make_grid(config, lm), strict=True)
     paths = [path for path, spec in trained if _serves(spec)]
     if not paths:
         raise UserError(
@@ -224,7 +224,7 @@ def _text(config: RunConfig, lm: LanguageModel) -> list[TokenBatch]:
     """A batch of the run's held-out text; nothing where the run has none, or only the organism's, of another world."""
     if config.data.path == MISSING or (config.data.path == common.ORGANISM and not common.is_organism(lm)):
         return []
-    held_out = ensure_tokens(config, lm).corpus.held_out
+    held_out = ensure_tokens(common.as_needed(config), lm).corpus.held_out
     return list(itertools.islice(padded_batches(held_out, config.eval.batch_tokens, lm.device), 1))
 
 

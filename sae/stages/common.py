@@ -1,5 +1,6 @@
 """What the stages share: opening the model, naming hook points and folders, saying what was written."""
 
+import dataclasses
 import hashlib
 import itertools
 import time
@@ -24,7 +25,7 @@ ORGANISM = "organism"
 MANIFEST = "manifest.json"
 OTHER_SETTINGS = (
     "{folder!r} was made with other settings, text or model: choose another name=, repeat the settings it was made "
-    "with, or replace it with force=true."
+    "with, or replace it by `sae {stage} force=true`."
 )
 HASHED_BYTES = 2**30  # larger data files are identified by size and time of change
 
@@ -168,6 +169,14 @@ def model_key(lm: LanguageModel) -> str:
     return sha256_json([lm.fingerprint, str(lm.dtype), tokenizer, lm.tokenizer.chat_template])
 
 
+def as_needed(config: RunConfig) -> RunConfig:
+    """The run as a stage asks for what it is made of: `force=true` is for the stage that was named, and not passed on.
+
+    To measure trained SAEs again must not delete them.
+    """
+    return dataclasses.replace(config, force=False)
+
+
 def is_kept(config: RunConfig, folder: Path, settings: Any, inputs: dict[str, str]) -> bool:
     """Tell whether `skip` will find a stage's output there already; nothing is touched."""
     return not config.force and is_done(folder, settings, inputs)
@@ -192,9 +201,15 @@ def skip(config: RunConfig, folder: Path, settings: Any, inputs: dict[str, str],
         print(f"{folder}: done before with these settings, kept (force=true does it again)")
         return True
     if not replace and not config.force and (folder / MANIFEST).is_file():
-        raise UserError(OTHER_SETTINGS.format(folder=str(folder)))
+        raise made_otherwise(folder)
     (folder / MANIFEST).unlink(missing_ok=True)
     return False
+
+
+def made_otherwise(folder: Path) -> UserError:
+    """The refusal to replace what a stage made with other settings."""
+    stage = "harvest" if folder.name == "tokens" else folder.name
+    return UserError(OTHER_SETTINGS.format(folder=str(folder), stage=stage))
 
 
 def noted_hash(file: Path, folder: Path, name: str) -> str:

@@ -119,7 +119,7 @@ def _real_activations(config: RunConfig, sae: SAE) -> Iterator[Tensor] | None:
 
 def _batches(config: RunConfig, sae: SAE, lm: LanguageModel) -> Iterator[Tensor]:
     site, seen = sae.config.site, 0
-    held_out = ensure_tokens(config, lm).corpus.held_out
+    held_out = ensure_tokens(common.as_needed(config), lm).corpus.held_out
     passes = Passes(
         lm,
         held_out,

@@ -27,6 +27,7 @@ BESIDE = ("d_sae", "path", "n_random", "n_records", "unfiltered_base_rate", "unf
 EXAMPLES_SHOWN = 2
 SCRATCH = "demo"  # the run that `sae demo` uses unless it is given a name
 MARKER = "demo.json"
+MADE = ("organism", "tokens", "harvest", "train", "eval", "behavior")
 
 
 def run(config: RunConfig) -> None:
@@ -35,6 +36,7 @@ def run(config: RunConfig) -> None:
     clock = common.Clock()
     lm = common.open_lm(config.lm)
     _make_room(config)
+    config = common.as_needed(config)
     table = _gate_table(config, lm)
     saes = ensure_evaluated(config, lm)
     _relate(config, lm)
@@ -57,10 +59,16 @@ def run(config: RunConfig) -> None:
 
 
 def _make_room(config: RunConfig) -> None:
-    """Clear away what a demo of other settings left in `runs/demo`, which is scratch space; named runs are kept."""
-    marker, identity = config.folder / MARKER, sha256_json(config)
+    """Clear away what a demo of other settings left in `runs/demo`, which is scratch space; named runs are kept.
+
+    With `force=true` what a demo makes goes first, whatever the name: stages would otherwise find it done.
+    """
+    marker, identity = config.folder / MARKER, sha256_json(common.as_needed(config))
     if config.name == SCRATCH and marker.is_file() and read_json(marker) != identity:
         shutil.rmtree(config.folder)
+    if config.force:
+        for stage in MADE:
+            shutil.rmtree(config.folder / stage, ignore_errors=True)
     if not marker.is_file():
         write_json(marker, identity)
 

@@ -50,7 +50,7 @@ def ensure_evaluated(config: RunConfig, lm: LanguageModel) -> list[dict[str, Any
     """
     found = _subjects(config, lm)
     clock = common.Clock()
-    tokens = ensure_tokens(config, lm)
+    tokens = ensure_tokens(common.as_needed(config), lm)
     folder, start = found.folder, config.train.start
     # Keys of other suites are not among them: naming labelled texts does not make this table stale.
     settings = {name: getattr(config.eval, name) for name in ("batch_tokens", "splice", "saes", "force")}
@@ -92,7 +92,7 @@ def _subjects(config: RunConfig, lm: LanguageModel) -> _Subjects:
     folder = common.eval_folder(config)
     if config.eval.saes:
         return _Subjects(opened_saes(config, config.eval.saes), folder, "eval-given", [])
-    return _Subjects(ensure_trained(config, lm), folder, "eval", make_grid(config, lm))
+    return _Subjects(ensure_trained(common.as_needed(config), lm), folder, "eval", make_grid(config, lm))
 
 
 def _starts(start: str, specs: list[SAESpec]) -> list[Path]:

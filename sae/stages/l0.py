@@ -7,6 +7,7 @@ reach into tokens that do not need them (see `sae.evals.l0`). `sae.l0=[...]` nam
 """
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,10 @@ def run(config: RunConfig) -> None:
     lm = common.open_lm(config.lm)
     clock = common.Clock()
     probe = _probe_config(config)
+    if config.force:
+        shutil.rmtree(probe.folder, ignore_errors=True)  # the trials are this stage's own
     # SAEs that training goes on from, as they were before it, are no candidates.
-    records = [record for record in ensure_evaluated(probe, lm) if not record["before_training"]]
+    records = [record for record in ensure_evaluated(common.as_needed(probe), lm) if not record["before_training"]]
     folder = probe.folder
     rows = _project(probe, lm, records)
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
@@ -75,7 +78,7 @@ def _project(config: RunConfig, lm: LanguageModel, records: list[dict[str, Any]]
     """s_n of every SAE on the held-out tokens."""
     saes = [SAE.load(record["path"], device=lm.device) for record in records]
     hooks = list(dict.fromkeys(name for sae in saes for name in sae.config.site.reads))
-    held_out = ensure_tokens(config, lm).corpus.held_out
+    held_out = ensure_tokens(common.as_needed(config), lm).corpus.held_out
     passes = Passes(
         lm,
         held_out,

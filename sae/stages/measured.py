@@ -178,8 +178,8 @@ def find(
     if not needs_saes:
         configs = {}
     elif not given:
-        configs = {path: read_config(path) for path in ensure_trained(config, lm)}
-    tokens = ensure_tokens(config, lm) if held_out else None
+        configs = {path: read_config(path) for path in ensure_trained(common.as_needed(config), lm)}
+    tokens = ensure_tokens(common.as_needed(config), lm) if held_out else None
     clock = common.Clock()
     folder = common.eval_folder(config) / config.suite
     known = {"suite": config.suite, "saes": [str(path) for path in given], "force": config.eval.force, **settings}

@@ -20,7 +20,6 @@ from sae.activations.reader import StoreReader
 from sae.activations.store import check_disk, disk_bytes, working_bytes
 from sae.config import RunConfig, Stream
 from sae.device import free_memory, pick_device, resident_memory
-from sae.errors import UserError
 from sae.files import read_json, sha256_json
 from sae.kernels import pick, pick_precision
 from sae.lm.model import LanguageModel
@@ -135,8 +134,8 @@ def _check_kept(config: RunConfig, lm: LanguageModel) -> None:
     wanted = {"tokens": {"data": config.data}, "harvest": store_settings(config, common.pick_hooks(config, lm))}
     for stage, settings in wanted.items():
         path = config.folder / stage / common.MANIFEST
-        if path.is_file() and not config.force and read_json(path)["config_hash"] != sha256_json(settings):
-            raise UserError(common.OTHER_SETTINGS.format(folder=str(path.parent)))
+        if path.is_file() and read_json(path)["config_hash"] != sha256_json(settings):
+            raise common.made_otherwise(path.parent)
 
 
 def _plan(lm: LanguageModel, specs: list[SAESpec], settings: TrainSettings, device: str) -> training.Plan:

@@ -44,9 +44,11 @@ def open_stream(config: RunConfig, lm: LanguageModel) -> ActivationStream:
     """The configured stream of training activations."""
     if config.train.stream is Stream.store:
         return StoreStream(
-            StoreReader(ensure_store(config, lm)), batch_tokens=config.train.batch_tokens, seed=config.train.seed
+            StoreReader(ensure_store(common.as_needed(config), lm)),
+            batch_tokens=config.train.batch_tokens,
+            seed=config.train.seed,
         )
-    tokens = ensure_tokens(config, lm)
+    tokens = ensure_tokens(common.as_needed(config), lm)
     passes = make_passes(config, lm, tokens)
     mean_tokens = max(1, passes.n_tokens // len(passes))
     return LiveStream(
@@ -121,7 +123,7 @@ def ensure_trained(config: RunConfig, lm: LanguageModel) -> list[Path]:
         _check_starts(config, lm, specs, settings.start)
     else:
         _check_gone(folder, specs, settings.start)
-    tokens = ensure_tokens(config, lm)
+    tokens = ensure_tokens(common.as_needed(config), lm)
     # The store itself is not among the inputs: it may be deleted once the SAEs are trained.
     depends = {
         "specs": specs,

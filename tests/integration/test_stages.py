@@ -66,10 +66,15 @@ def test_finished_work_is_kept_and_force_does_it_again(sae):
     assert status == 0, err
     assert out.count("done before") == 1
     assert (run / "harvest" / "store.json").stat().st_mtime_ns == written
+    status, out, err = sae("eval", "name=again", "force=true")
+    assert status == 0, err
+    assert sae_file.stat().st_mtime_ns == trained, "measuring again must not delete what is measured"
     status, out, err = sae("train", "name=again", "force=true")
     assert status == 0, err
-    assert "done before" not in out
+    assert f"{run / 'train'}: done before" not in out
     assert sae_file.stat().st_mtime_ns > trained
+    assert (run / "harvest" / "store.json").stat().st_mtime_ns == written
+    assert sae("harvest", "name=again", "force=true")[0] == 0
     assert (run / "harvest" / "store.json").stat().st_mtime_ns > written
     assert len((run / "train" / "metrics.jsonl").read_text().splitlines()) == len(curves.splitlines())
     assert same(weights(run), before), "the same seed gives the same weights"
