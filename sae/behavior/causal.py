@@ -18,14 +18,13 @@ from sae.behavior.contrast import ContrastRecord
 from sae.behavior.controls import (
     Control,
     direction_edits,
-    matched_clamp,
-    matched_latents,
     plan_controls,
     random_effect,
     run_control,
 )
 from sae.behavior.cost import Followed, MultipleChoice, OtherBehavior, damage, fact_accuracies, own_replies
 from sae.behavior.directions import Direction
+from sae.behavior.doses import dose_report
 from sae.behavior.judge import Judge, Verdict
 from sae.behavior.measure import (
     Outcome,
@@ -36,7 +35,7 @@ from sae.behavior.measure import (
     prepare,
     shift_norm,
 )
-from sae.behavior.results import CausalReport, Dose, Example
+from sae.behavior.results import CausalReport, Example
 from sae.behavior.select import AblationChoice, AddChoice, ClampChoice
 from sae.behavior.settings import BehaviorSettings
 from sae.lm.tokens import TokenBatch
@@ -79,6 +78,7 @@ class Choice:
         direction: the difference of means at the same hook point.
         add: how strongly to add it.
         negative_resid: [n d_in] negatives' activations of the find split at the position.
+        dose_range: doses of the clamp that prompts of the find split give its latents by themselves.
     """
 
     encoder: Any
@@ -89,6 +89,7 @@ class Choice:
     direction: Direction
     add: AddChoice
     negative_resid: np.ndarray
+    dose_range: tuple[float, float]
 
 
 class _Case(NamedTuple):
@@ -148,8 +149,14 @@ def causal_report(
         outcomes |= zip(edits, evaluate_each(lm, list(edits.values()), prompts, judge, new), strict=True)
     case = _Case(positives, negatives, outcomes["base"], outcomes["clamp_base"])
     controls = _controls(lm, choice, case, outcomes, clamp, judge, settings, n_random, progress)
-    doses = _dose_response(lm, choice, case, judge, settings, progress) if n_random else []
-    trend = stats.spearman([d.dose for d in doses], [d.rate.rate for d in doses]) if doses else None
+    doses = (
+        dose_report(
+            lm, choice.encoder, choice.site, choice.clamp, choice.dose_range, negatives, positives, judge, settings,
+            None if progress is None else lambda done, total: progress("dose-response", done, total),
+        )
+        if n_random
+        else None
+    )  # fmt: skip
     return CausalReport(
         hook_name=choice.site.hook_name,
         d_sae=choice.site.d_sae,
@@ -165,10 +172,7 @@ def causal_report(
         **_side_effects(lm, negatives, ablate, clamp, toward, beside.facts or (), beside.others or {}, settings),
         **_draws(controls),
         controls=controls,
-        dose_response=doses,
-        dose_correlation=trend,
-        dose_spearman=None if trend is None else trend.rho,
-        random_dose_response=_random_doses(lm, choice, case, judge, settings) if n_random else [],
+        **({} if doses is None else doses._asdict()),
         examples=_examples(case, outcomes["ablate"], outcomes["clamp"], settings.n_examples),
         judges=_compared(case, outcomes, beside.panel, settings.seed) if beside.panel else None,
     )
@@ -316,45 +320,6 @@ def _ticker(progress: Progress | None, what: str, total: int) -> Callable[[], No
             progress(what, done, total)
 
     return tick
-
-
-def _dose_response(
-    lm: Any, choice: Choice, case: _Case, judge: Judge, settings: BehaviorSettings, progress: Progress | None
-) -> list[Dose]:
-    few = settings.n_prompts_dose
-    negatives, positives = case.negatives.first(few), case.positives.first(few)
-    tick = _ticker(progress, "dose-response", len(settings.doses))
-    clamps = [[choice.clamp.clamp(choice.encoder, dose, settings.roles)] for dose in settings.doses]
-    on_negatives = evaluate_each(lm, clamps, negatives, judge, settings.max_new_tokens)
-    on_positives = evaluate_each(lm, clamps, positives, judge, settings.max_new_tokens)
-    doses = []
-    for dose, found, held in zip(settings.doses, on_negatives, on_positives, strict=True):
-        value = float(np.mean(choice.clamp.values)) * dose / choice.clamp.multiple
-        doses.append(Dose(float(dose), value, found.behavior, found.degenerate, held.behavior))
-        tick()
-    return doses
-
-
-def _random_doses(lm: Any, choice: Choice, case: _Case, judge: Judge, settings: BehaviorSettings) -> list[list[float]]:
-    """Return the behaviour's rate per dose for a few matched random latents."""
-    negatives = case.negatives.first(settings.n_prompts_dose)
-    norms = choice.encoder.W_dec.detach().float().norm(dim=1).cpu().numpy()
-    drawn = matched_latents(
-        choice.site.density,
-        choice.site.effect,
-        choice.clamp.latents,
-        settings.n_random_dose,
-        settings.n_neighbours,
-        settings.seed + 4,
-    )
-    scales = [dose / choice.clamp.multiple for dose in settings.doses]
-    clamps = [
-        [matched_clamp(choice.encoder, norms, choice.clamp, latents, scale, settings.roles)]
-        for latents in drawn
-        for scale in scales
-    ]
-    found = evaluate_each(lm, clamps, negatives, judge, settings.max_new_tokens)
-    return [[next(found).share(Verdict.BEHAVIOR) for _ in scales] for _ in drawn]
 
 
 def _others(

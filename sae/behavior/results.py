@@ -17,6 +17,9 @@ class Dose:
         rate: the behaviour's rate.
         degenerate: share of broken replies.
         positives: the behaviour's rate on positives under the same clamp.
+        margin: mean logit margin on the negatives, in nats: the behaviour's words against the alternative's where they
+            part. It keeps moving where rates are at 0 or 1.
+        positives_margin: the same on positives.
     """
 
     dose: float
@@ -24,6 +27,8 @@ class Dose:
     rate: stats.Rate
     degenerate: stats.Rate
     positives: stats.Rate
+    margin: float
+    positives_margin: float
 
 
 @dataclass(frozen=True)
@@ -92,8 +97,12 @@ class CausalReport:
     random_clamp_mean: float = float("nan")
     controls: dict[str, Control] = field(default_factory=dict)
     dose_response: list[Dose] = field(default_factory=list)
-    dose_correlation: stats.Correlation | None = None
+    #: Doses that prompts of the find split give the latents by themselves; see `sae.behavior.doses`.
+    dose_range: tuple[float, float] | None = None
+    dose_correlation: stats.Correlation | None = None  #: of dose and mean margin on negatives, within that range
     dose_spearman: float | None = None  #: its rho alone
+    dose_correlation_all: stats.Correlation | None = None  #: over all doses, those far beyond what occurs included
+    dose_correlation_rate: stats.Correlation | None = None  #: of dose and rate, over all doses
     random_dose_response: list[list[float]] = field(default_factory=list)
     examples: list[Example] = field(default_factory=list)
     judges: JudgeComparison | None = None  #: several judges on these very replies

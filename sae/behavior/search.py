@@ -9,6 +9,7 @@ import numpy as np
 from sae.behavior.causal import Choice
 from sae.behavior.contrast import ContrastSet
 from sae.behavior.directions import Direction, difference_of_means
+from sae.behavior.doses import natural_range
 from sae.behavior.judge import Judge, Verdict
 from sae.behavior.latents import LatentRanking, LatentScore
 from sae.behavior.measure import Collected, Progress, evaluate, margins, prepare, prepare_margins
@@ -154,7 +155,8 @@ def _select(
     )
     found, add = direction
     negatives = seen.resid[site.hook_name, found.position][~np.array(splits["find"].labels)]
-    choice = Choice(encoder, site, found.position, ablation, clamp, found, add, negatives)
+    natural = natural_range(encoder, clamp, seen.resid[site.hook_name, found.position])
+    choice = Choice(encoder, site, found.position, ablation, clamp, found, add, negatives, natural)
     return row, choice
 
 

@@ -27,7 +27,8 @@ class BehaviorSettings:
         sparse_ks: latents of the k-sparse probes among the rivals.
         n_interaction: latents ablated in pairs, the chosen ones first; 0 for none.
         multiples: clamp doses searched, in units of typical active values.
-        doses: the dose-response grid in the same units, both signs.
+        n_doses: doses over the range in which the latents are by themselves; see `sae.behavior.doses`.
+        doses: more of them, in the same units and of both signs; those within that range are left out.
         max_degenerate: largest share of broken replies a clamp may cause on the select split.
         roles: kinds of token that are edited; None is all but padding.
         filter: keep only prompts on which the unsteered model does what the label says.
@@ -63,6 +64,7 @@ class BehaviorSettings:
     sparse_ks: tuple[int, ...] = (1, 5, 20)
     n_interaction: int = 8
     multiples: tuple[float, ...] = MULTIPLES
+    n_doses: int = 9
     doses: tuple[float, ...] = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 3.0, 4.0)
     max_degenerate: float = 0.1
     roles: tuple[Role, ...] | None = EDIT_ROLES
@@ -135,7 +137,7 @@ class BehaviorSettings:
             raise UserError(f"output_dose={self.output_dose}: give a positive number of typical activations.")
         if any(k < 1 for k in self.sparse_ks):
             raise UserError(f"sparse_ks={self.sparse_ks}: give numbers of latents of at least 1, or () for none.")
-        if not self.doses:
-            raise UserError("doses is empty: give at least one, such as (-1, 0, 1, 2).")
+        if self.n_doses < 3:
+            raise UserError(f"n_doses={self.n_doses} show no trend: give at least 3.")
         if not self.multiples or min(self.multiples) <= 0:
             raise UserError(f"multiples={self.multiples}: give positive doses to search; signs belong in doses.")

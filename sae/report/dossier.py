@@ -64,7 +64,11 @@ def behavior_view(behavior: Behavior, *, redact: bool) -> dict[str, Any]:
         ],
         "bars": causal_figures(behavior),
         "random": random_table(behavior),
-        "dose_plot": Markup(plots.dose_response(behavior.dose_response, behavior.random_dose_response, behavior.name))
+        "dose_plot": Markup(
+            plots.dose_response(
+                behavior.dose_response, behavior.random_dose_response, behavior.name, evidence.dose_range
+            )
+        )
         if behavior.dose_response
         else None,
         "dose": _dose(evidence),
@@ -157,10 +161,17 @@ def _sure(evidence: Evidence) -> list[str]:
 
 
 def _dose(evidence: Evidence) -> str:
-    found = evidence.dose_correlation
+    found, over_all = evidence.dose_correlation, evidence.dose_correlation_all
     if found is None or found.rho is None:
         return ""
-    return f" Spearman {number(found.rho)}" + ("" if found.p is None else f", p = {number(found.p)}") + "."
+    said = f" Spearman between dose and logit margin {number(found.rho)}"
+    said += "" if found.p is None else f" (p = {number(found.p)})"
+    if over_all is None or over_all.rho is None:
+        return f"{said}."
+    return (
+        f"{said} over the values that prompts give the latents by themselves (shaded), {number(over_all.rho)} over all "
+        "doses: what lies far beyond may turn back."
+    )
 
 
 def _ranking(behavior: Behavior) -> dict[str, Any]:

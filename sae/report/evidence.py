@@ -318,7 +318,9 @@ class Evidence:
     confounds: Confounds | None = None
     origin: Origin | None = None
     judges: Judges | None = None
-    dose_correlation: Correlation | None = None
+    dose_range: tuple[float, float] | None = None
+    dose_correlation: Correlation | None = None  # with the margin, within that range
+    dose_correlation_all: Correlation | None = None  # and over all doses
 
 
 @dataclass(frozen=True)

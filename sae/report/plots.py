@@ -165,9 +165,15 @@ def ranked_latents(rows: Sequence[Ranked], chosen: Sequence[bool] = (), limit: i
 
 
 def dose_response(
-    points: Sequence[Dose], controls: Sequence[Sequence[float | None]] = (), behavior: str = "behaviour"
+    points: Sequence[Dose],
+    controls: Sequence[Sequence[float | None]] = (),
+    behavior: str = "behaviour",
+    natural: tuple[float, float] | None = None,
 ) -> str:
-    """Draw the behaviour's rate against the dose with its interval, over the band of the random controls."""
+    """Draw the behaviour's rate against the dose with its interval, over the band of the random controls.
+
+    `natural` marks the doses that prompts give the latents by themselves.
+    """
     title = f"Dose-response: rate of {behavior} against the clamp value"
     kept = [p for p in points if is_finite(p.dose) and is_finite(p.rate.rate)]
     if not kept:
@@ -184,6 +190,8 @@ def dose_response(
             Key(f"random, mean of {max(len(d) for _, d in columns)}", 2, dash=DASHES[1]),
             Key("random, p5 to p95", 2, band=True),
         ]
+    if natural is not None:
+        keys.append(Key("natural range", 0, band=True))
     figure.legend(keys)
     doses = finite(p.dose for p in kept)
     x = make_scale(doses + [dose for dose, _ in columns], figure.left, figure.x1, pad=0.04)
@@ -191,6 +199,10 @@ def dose_response(
     figure.axes(x, y, "dose", f"rate of {fit_text(behavior, 150)}", y_ticks=PERCENT_TICKS)
     if x.low < 0 < x.high:
         figure.add("line", x1=x(0), x2=x(0), y1=figure.top, y2=figure.y1, cls="reference")
+    if natural is not None:
+        low, high = (min(max(dose, x.low), x.high) for dose in natural)
+        height = figure.y1 - figure.top - 6
+        figure.add("rect", x=x(low), y=figure.top + 6, width=x(high) - x(low), height=height, cls="band k0")
     if columns:
         upper = [(x(dose), y(quantile(draws, 0.95))) for dose, draws in columns]
         lower = [(x(dose), y(quantile(draws, 0.05))) for dose, draws in columns]

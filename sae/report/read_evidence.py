@@ -63,8 +63,17 @@ def read_evidence(entry: Mapping[str, Any]) -> Evidence:
         confounds=_confounds(as_dict(entry.get("confounds"))),
         origin=_origin(as_dict(entry.get("provenance"))),
         judges=_judges(as_dict(entry.get("judges"))),
+        dose_range=_range(entry.get("dose_range")),
         dose_correlation=as_correlation(entry.get("dose_correlation")),
+        dose_correlation_all=as_correlation(entry.get("dose_correlation_all")),
     )
+
+
+def _range(value: Any) -> tuple[float, float] | None:
+    ends = [as_float(item) for item in as_list(value)]
+    if len(ends) != 2 or ends[0] is None or ends[1] is None or ends[0] > ends[1]:
+        return None
+    return ends[0], ends[1]
 
 
 def _counts(value: Any) -> dict[str, int]:

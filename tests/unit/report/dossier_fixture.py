@@ -164,5 +164,7 @@ def evidence() -> dict[str, Any]:
             ],
             "topic": {"own": rate(0.6, 512), "other": 0.1, "p": 0.001},
         },
+        "dose_range": [-0.5, 1.2],
         "dose_correlation": {"rho": 0.94, "p": 0.0007, "n": 9},
+        "dose_correlation_all": {"rho": 0.81, "p": 0.0049, "n": 13},
     }
