@@ -30,6 +30,7 @@ ONCE = (
     "steer.",
     "convert.",
     "localize.",
+    "wiring.",
     "mitigate.",
     "organism.action=",
     "suite=",
@@ -40,7 +41,7 @@ ONCE = (
 )
 # Stages that try values out: a run's own of these keys do not reach them, nor do theirs become the run's. What else
 # they are given is remembered only where the run has no value yet.
-TRIALS = {"l0": ("sae.l0=",), **dict.fromkeys(("mitigate", "circuit"), ("behavior.contrast=",))}
+TRIALS = {"l0": ("sae.l0=",), **dict.fromkeys(("mitigate", "circuit", "wiring"), ("behavior.contrast=",))}
 
 # What a stage may leave out of its keys:
 SHORT = {
@@ -59,6 +60,10 @@ SHORT = {
         "method": "mitigate.method=[{}]",
         **{name: f"mitigate.{name}={{}}" for name in ("budget", "scores", "reference")},
     },
+    "wiring": {
+        "contrast": "behavior.contrast=[{}]",
+        "latents": "wiring.latents={}",
+    },
     "convert": {name: f"convert.{name}={{}}" for name in ("src", "dst", "format", "hook_name", "lm_name", "k")},
 }
 
@@ -76,6 +81,7 @@ STAGES = {
     "circuit": Stage("sae.stages.circuit", "the smallest graph of parts that keeps a behaviour (contrast=...)"),
     "convert": Stage("sae.stages.convert", "write an SAE in another library's format (src=... dst=... format=...)"),
     "localize": Stage("sae.stages.localize", "which weights carry a behaviour (contrast=... method=all level=...)"),
+    "wiring": Stage("sae.stages.wiring", "which parts write and read the latents that were found, or wiring.sae=..."),
     "steer": Stage("sae.stages.steer", "generate with a latent clamped, or recipe=..., beside the model's own words"),
     "mitigate": Stage(
         "sae.stages.mitigate",

@@ -283,6 +283,31 @@ class CircuitConfig:
 
 
 @dataclass
+class WiringConfig:
+    """The parts that write and read latents."""
+
+    sae: str = ""  # an SAE in the residual stream; "" = what `sae behavior` found in this run
+    latents: list[int] = field(default_factory=list)  # of it
+    n_prompts: int = 64  # of each class, of the report split
+    n_top: int = 10  # parts listed on each side; writers among them are ablated, too
+    position: int = -1  # the token whose pre-activation is taken apart, from the prompt's end
+    null: str = "random"  # what weights are compared with: random directions, or other latents
+    n_null: int = 1000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(
+            bool(self.sae) == bool(self.latents),
+            "wiring.sae and wiring.latents go together: give both, or neither.",
+        )
+        _require(
+            self.position < 0, f"wiring.position={self.position} is counted from the prompt's end: give -1 or less."
+        )
+        for name in ("n_prompts", "n_top", "n_null"):
+            _require(getattr(self, name) >= 1, f"wiring.{name}={getattr(self, name)} must be at least 1.")
+
+
+@dataclass
 class SteerConfig:
     """Generating with one latent clamped, or with a saved recipe, from the command line."""
 
@@ -436,6 +461,7 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     behavior: BehaviorConfig = field(default_factory=BehaviorConfig)
     circuit: CircuitConfig = field(default_factory=CircuitConfig)
+    wiring: WiringConfig = field(default_factory=WiringConfig)
     steer: SteerConfig = field(default_factory=SteerConfig)
     localize: LocalizeConfig = field(default_factory=LocalizeConfig)
     mitigate: MitigateConfig = field(default_factory=MitigateConfig)

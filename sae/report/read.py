@@ -54,6 +54,7 @@ STAGES = (
     "localize",
     "mitigate",
     "circuit",
+    "wiring",
 )
 
 

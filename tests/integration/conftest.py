@@ -76,3 +76,23 @@ def sae(model, text, tmp_path, capsys):
 
     run.folder = Path(tmp_path)
     return run
+
+
+@pytest.fixture
+def greeting(tmp_path):
+    """A contrast set whose prompts have partners of their length."""
+    path = tmp_path / "greeting.jsonl"
+    rows = [
+        {
+            "messages": [{"role": "user", "content": f"{word} {index}"}],
+            "label": int(word == "good"),
+            "topic": str(index),
+            "behavior_texts": ["Dear"],
+            "alternative_texts": ["No"],
+            "split": ("find", "select", "report")[index % 3],
+        }
+        for index in range(9)
+        for word in ("good", "evil")
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
