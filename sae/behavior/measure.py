@@ -80,7 +80,13 @@ class Collected(NamedTuple):
 
 
 @torch.no_grad()
-def collect(lm: Any, encoders: Sequence[Any], prompts: Prompts, positions: Sequence[int | str] = (-1,)) -> Collected:
+def collect(
+    lm: Any,
+    encoders: Sequence[Any],
+    prompts: Prompts,
+    positions: Sequence[int | str] = (-1,),
+    hook_names: Sequence[str] = (),
+) -> Collected:
     """Run the prompts once and read every SAE at every position.
 
     Args:
@@ -89,6 +95,7 @@ def collect(lm: Any, encoders: Sequence[Any], prompts: Prompts, positions: Seque
         prompts: what to read.
         positions: negative integers count from the prompt's end (-1 is the last token, the template's); ``"max"`` is
             each latent's largest value over the prompt.
+        hook_names: further hook points whose activations are wanted.
 
     Raises:
         UserError: a position that is neither, or a prompt shorter than a position asks for.
@@ -96,7 +103,7 @@ def collect(lm: Any, encoders: Sequence[Any], prompts: Prompts, positions: Seque
     for position in positions:
         if position != "max" and not (isinstance(position, int) and position < 0):
             raise UserError(f"position {position!r}: give -1, -2, ... from the prompt's end, or 'max'.")
-    hooks = list(dict.fromkeys(str(encoder.config.hook_name) for encoder in encoders))
+    hooks = list(dict.fromkeys([*(str(encoder.config.hook_name) for encoder in encoders), *hook_names]))
     names = [str(position) for position in positions]
     acts: list[dict[str, list[Tensor]]] = [{name: [] for name in names} for _ in encoders]
     resid: dict[tuple[str, str], list[Tensor]] = {(hook, name): [] for hook in hooks for name in names if name != "max"}

@@ -1,8 +1,9 @@
 """Latents beside their rivals: what else detects the behaviour, and does it control it as well?
 
-Each method reads the same activations (the chosen SAE's hook point and position) on the find split, chooses its dose on
-the select split by the same rule, and is measured on the report split: AUROC, and the same two interventions that
-`sae.behavior.causal` tests, on the same prompts with the same judge.
+Each method reads the same activations on the find split (the chosen SAE's hook point and position, but for
+`..._everywhere`, which chooses among all that were read, as it is published), chooses its dose on the select split by
+the same rule, and is measured on the report split: AUROC, and the same two interventions that `sae.behavior.causal`
+tests, on the same prompts with the same judge.
 
 | method | readout | removed by | brought about by |
 | --- | --- | --- | --- |
@@ -10,7 +11,7 @@ the select split by the same rule, and is measured on the report split: AUROC, a
 | `latents` | probe on the ablated set | the ablation that is tested | the clamp that is tested |
 | `sparse_probe_<k>` | probe on the k latents that differ most | ablating them | clamping those that fire on positives |
 | `difference_of_means` | projection | projecting out | adding |
-| `..._everywhere` | the same | projecting out at every write to the residual stream | |
+| `..._everywhere` | projection | projecting out at every write to the residual stream | adding where it was taken |
 | `pca` | first component of paired differences | the same | the same |
 | `dense_probe` | logistic regression on all coordinates | the same, along its weights | the same |
 | `dimension` | the best single coordinate (a neuron, at an MLP's hook point) | the same | the same |
@@ -47,16 +48,15 @@ from sae.behavior.measure import (
     prepare,
 )
 from sae.behavior.results import CausalReport
-from sae.behavior.select import select_add, select_clamp
+from sae.behavior.select import select_add, select_clamp, select_everywhere
 from sae.behavior.settings import BehaviorSettings
 from sae.errors import UserError
 from sae.probe import fit_probe
-from sae.steering.directions import everywhere
 from sae.steering.interventions import Ablate, Intervention
 
 Array = np.ndarray
 Reader = Callable[[Collected], Float[Array, " n"]]
-"""Scores of the prompts whose activations were collected from the chosen SAE alone."""
+"""Scores of the prompts whose activations were collected from the chosen SAE alone, and at methods' own hook points."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,7 @@ class _Method(NamedTuple):
     remove: tuple[Intervention, ...]
     add: tuple[Intervention, ...] | None
     known: _Effect | None = None  #: where the causal test has measured it already
+    hook_name: str = ""  #: where it is read, if not where the SAE is
 
 
 class _Case(NamedTuple):
@@ -183,6 +184,7 @@ def compare_rivals(
         [choice.encoder],
         prepare(lm, report.records, settings.batch_prompts),
         [name if name == "max" else int(name) for name in positions],
+        [method.hook_name for method in methods if method.hook_name],
     )
     adding = [method for method in methods if method.add is not None]
     costs = measure_costs(lm, [*(one.remove for one in methods), *(one.add or () for one in adding)], tasks)
@@ -340,19 +342,40 @@ def _tested_direction(case: _Case) -> _Method:
 
 
 def _everywhere(case: _Case) -> list[_Method]:
-    """The difference of means deleted wherever the residual stream is written, as in Arditi et al. (2406.11717).
+    """The difference of means deleted wherever the residual stream is written, and added where it was taken."""
+    settings = case.settings
+    found = select_everywhere(
+        case.lm,
+        case.seen.resid,
+        case.splits["find"].labels,
+        case.splits["select"].positives,
+        roles=settings.roles,
+        batch_prompts=settings.batch_prompts,
+    )
+    if found is None:
+        return []
+    direction, remove = found
+    scale, add = _added(case, direction, case.prompts("select", False))
+    name, detail = "difference_of_means_everywhere", f"positives minus negatives at {direction.hook_name}"
+    read = _read_direction(direction)
+    return [_Method(name, detail, direction.position, read, scale, remove, (add,), hook_name=direction.hook_name)]
 
-    Nothing where a model is built so that this is not all of the writes.
-    """
-    direction = case.choice.direction
-    if len(direction.vector) != case.lm.d_model:
-        return []
-    try:
-        remove = everywhere(case.lm, direction.vector, roles=case.settings.roles)
-    except UserError:
-        return []
-    name, read = "difference_of_means_everywhere", _read_direction(direction)
-    return [_Method(name, "positives minus negatives", case.choice.position, read, None, remove, None)]
+
+def _added(case: _Case, direction: Direction, negatives: Prompts) -> tuple[float, Intervention]:
+    """The dose with which adding a direction does most on the select split, and that addition."""
+    settings = case.settings
+    chosen = select_add(
+        case.lm,
+        direction.vector,
+        direction.hook_name,
+        negatives,
+        case.judge,
+        multiples=settings.multiples,
+        max_degenerate=settings.max_degenerate,
+        max_new_tokens=settings.max_new_tokens,
+        roles=settings.roles,
+    )
+    return chosen.scale, direction_edits(direction, chosen.scale, settings.roles)[2]
 
 
 def _directions(case: _Case) -> list[_Method]:
@@ -374,20 +397,10 @@ def _directions(case: _Case) -> list[_Method]:
             direction = along(vector, case.resid, find.labels, hook, case.choice.position)
         except UserError:  # the classes' means coincide along it: there is no natural dose
             continue
-        added = select_add(
-            case.lm,
-            direction.vector,
-            hook,
-            negatives,
-            case.judge,
-            multiples=settings.multiples,
-            max_degenerate=settings.max_degenerate,
-            max_new_tokens=settings.max_new_tokens,
-            roles=settings.roles,
-        )
-        remove, _, add = direction_edits(direction, added.scale, settings.roles)
+        scale, add = _added(case, direction, negatives)
+        remove = direction_edits(direction, scale, settings.roles)[0]
         read = _read_direction(direction)
-        methods.append(_Method(name, detail, case.choice.position, read, added.scale, (remove,), (add,)))
+        methods.append(_Method(name, detail, case.choice.position, read, scale, (remove,), (add,)))
     return methods
 
 

@@ -10,13 +10,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from sae.behavior.contrast import ContrastRecord
+from sae.behavior.directions import Direction, difference_of_means
 from sae.behavior.judge import Judge, Verdict
 from sae.behavior.measure import Prompts, evaluate_each, margins, margins_each, prepare, prepare_margins
 from sae.errors import UserError
 from sae.lm.tokens import Role
-from sae.steering.interventions import Ablate, Add, Clamp
+from sae.steering.directions import everywhere
+from sae.steering.interventions import Ablate, Add, Clamp, Intervention
 
 EDIT_ROLES = tuple(role for role in Role if role not in (Role.PAD, Role.SPECIAL))
 """Default scope of edits: every token but padding and BOS/EOS, which SAEs are not trained on."""
@@ -260,3 +263,45 @@ def select_add(
         for scale, found in zip(multiples, evaluate_each(lm, edits, prompts, judge, max_new_tokens), strict=True)
     ]
     return min(tried, key=lambda entry: _clamp_order(entry.behavior, entry.degenerate, max_degenerate, entry.scale))
+
+
+def select_everywhere(
+    lm: Any,
+    resid: Mapping[tuple[str, str], Float[np.ndarray, "n d_in"]],
+    labels: Sequence[bool],
+    records: Sequence[ContrastRecord],
+    *,
+    roles: Collection[Role] | None = EDIT_ROLES,
+    batch_prompts: int = 256,
+) -> tuple[Direction, tuple[Intervention, ...]] | None:
+    """Choose the difference of means that does most when it is deleted wherever the residual stream is written.
+
+    As in Arditi et al. (2406.11717) it is taken at every hook point and position that was read, and kept is the one
+    whose deletion removes most of the behaviour, here by the margin: the direction that serves best at a single hook
+    point may do next to nothing everywhere, and would be a weak rival.
+
+    Args:
+        lm: the model.
+        resid: activations of the find split by hook point and position.
+        labels: of their prompts.
+        records: positives of the select split.
+        roles: tokens that are edited.
+        batch_prompts: prompts run at once.
+
+    Returns:
+        The direction and the edits; None where no direction of the residual stream tells the classes apart, or a model
+        is built so that the known writes are not all.
+    """
+    found: list[tuple[Direction, tuple[Intervention, ...]]] = []
+    for (hook, position), acts in resid.items():
+        try:
+            direction = difference_of_means(acts, labels, hook, position)
+            if len(direction.vector) == lm.d_model:
+                found.append((direction, everywhere(lm, direction.vector, roles=roles)))
+        except UserError:
+            continue
+    if not found:
+        return None
+    task = prepare_margins(lm, records, batch_prompts)
+    left = [float(values.mean()) for values in margins_each(lm, [edits for _, edits in found], task)]
+    return found[int(np.argmin(left))]
