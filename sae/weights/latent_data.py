@@ -98,19 +98,21 @@ def contributions(
 
 
 class AblationCheck(NamedTuple):
-    """Parts' direct contributions beside what ablating them does; means over the prompts.
+    """Parts' direct contributions beside what ablating them does.
 
     Attributes:
         parts: those that were ablated.
-        direct: contribution, minus that of the part's mean.
-        total: fall of the pre-activation when the part gives its mean at every token.
+        direct: contribution, minus that of the part's mean; mean over the prompts.
+        total: fall of the pre-activation when the part gives its mean at every token; mean over the prompts.
         agreement: rank correlation of the two.
+        falls: `total` by prompt.
     """
 
     parts: list[Part]
     direct: Float[Array, " part"]
     total: Float[Array, " part"]
     agreement: stats.Correlation
+    falls: Float[Array, "n part"]
 
 
 @torch.no_grad()
@@ -128,10 +130,12 @@ def check_by_ablation(
     own = [(part, site) for part in parts for site in sites if _at(part, site)]
     batches = [batch.repad("left", lm.pad_id).to(lm.device) for batch in prompts.batches]
     means = _means(lm, stream, sites, batches)
-    direct, total = torch.zeros(len(own), dtype=torch.float64), torch.zeros(len(own), dtype=torch.float64)
+    direct = torch.zeros(len(own), dtype=torch.float64)
+    falls = []
     for batch in batches:
         found = lm.activations(batch, [*stream.hooks, hook])
         clean = encoder.pre_acts(found[hook][:, position].float())[:, latent]
+        falls.append(torch.zeros(len(clean), len(own), dtype=torch.float64))
         for index, (part, site) in enumerate(own):
             columns = columns_of(part, site).to(lm.device)
             # Means are of what is before a post-norm, as the ablation is; its scale is the prompt's own.
@@ -148,10 +152,10 @@ def check_by_ablation(
 
             with edit(lm, {site.inner: ablated}):
                 now = lm.activations(batch, [hook])[hook][:, position].float()
-            total[index] += float((clean - encoder.pre_acts(now)[:, latent]).double().sum())
-    n = sum(len(batch.tokens) for batch in batches)
-    falls = (direct / n).numpy(), (total / n).numpy()
-    return AblationCheck([part for part, _ in own], *falls, stats.spearman(*falls))
+            falls[-1][:, index] = (clean - encoder.pre_acts(now)[:, latent]).double().cpu()
+    by_prompt = torch.cat(falls).numpy()
+    means_of = direct.numpy() / len(by_prompt), by_prompt.mean(axis=0)
+    return AblationCheck([part for part, _ in own], *means_of, stats.spearman(*means_of), by_prompt)
 
 
 @torch.no_grad()

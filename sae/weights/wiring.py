@@ -57,8 +57,8 @@ class Wiring(NamedTuple):
             on negatives.
         embed: the embeddings' share of that.
         gap: largest difference between a pre-activation and what its parts add up to.
-        ablated: of the strongest writers by label, how far the mean pre-activation falls with the part mean-ablated;
-            what goes through later parts is in it.
+        ablated: of the strongest writers by label, how far `contrast` falls when the part gives its mean at every
+            token. What goes through later parts is in it; if nothing did, it would be the part's `data`.
     """
 
     latent: int
@@ -135,7 +135,7 @@ def wire(
         _difference(given.pre_acts, labels),
         _difference(given.embed, labels),
         given.gap,
-        {part.label: float(fall) for part, fall in zip(checked.parts, checked.total, strict=True)},
+        {part.label: _difference(falls, labels) for part, falls in zip(checked.parts, checked.falls.T, strict=True)},
     )
 
 
