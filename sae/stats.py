@@ -38,7 +38,10 @@ Array = np.ndarray
 
 
 class Rate(NamedTuple):
-    """A proportion with its 95% Wilson interval. With n = 0 the rate is NaN and the interval is [0, 1]."""
+    """A proportion of n records with a 95% interval: see `rate`, and `clustered_rate` for records that are alike.
+
+    With n = 0 the rate is NaN and the interval is [0, 1].
+    """
 
     rate: float
     low: float
@@ -72,13 +75,59 @@ def rate(successes: int, n: int) -> Rate:
     successes, n = int(successes), int(n)
     if not 0 <= successes <= n:
         raise ValueError(f"{successes} successes out of {n}: need 0 <= successes <= n.")
+    return _wilson(successes, n, n)
+
+
+def _wilson(successes: int, n: int, effective: float) -> Rate:
+    """Return `successes / n` with the Wilson interval of a sample of `effective` independent records."""
     if n == 0:
         return Rate(math.nan, 0.0, 1.0, 0)
     share, z2 = successes / n, _Z95**2
-    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = _Z95 * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n)) / (1 + z2 / n)
+    centre = (share + z2 / (2 * effective)) / (1 + z2 / effective)
+    spread = share * (1 - share) / effective + z2 / (4 * effective * effective)
+    half = _Z95 * math.sqrt(spread) / (1 + z2 / effective)
     # At the ends the bound equals the share exactly; rounding must not push it past.
     return Rate(share, min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half)), n)
+
+
+def clustered_rate(hits: Sequence[bool], clusters: Sequence[Hashable]) -> Rate:
+    """Return the share of hits with the Wilson interval on the effective sample size: records of a cluster are alike.
+
+    The effective size is n / deff (Rao & Scott 1992), shrunk for the few clusters that deff was estimated from, as
+    Korn & Graubard (1998) do: n / deff * (t[n - 1] / t[k - 1])^2, with k clusters, t the 97.5% points of Student's
+    distribution, and deff = v (n - 1) / (p (1 - p)), at least 1. v is the linearised variance of a ratio,
+    k / (k - 1) * sum over clusters of (hits - p * size)^2 / n^2. Where each cluster is one record this is `rate`.
+
+    Where all records agree but for one at most, or there is one cluster, nothing tells how alike the records of a
+    cluster are: deff is undefined, or 1 whatever the clusters. Each cluster then counts as one record: right if its
+    records are fully alike, cautious otherwise. Korn and Graubard take deff = 1 where all agree; with 15 clusters of 8
+    that are fully alike, and p = .9, that covers p in 78% of samples, this in 99%.
+
+    Args:
+        hits: [n] whether each record counts.
+        clusters: [n] what each belongs to, such as its topic.
+
+    Raises:
+        ValueError: sequences of different lengths.
+    """
+    n = len(hits)
+    if len(clusters) != n:
+        raise ValueError(f"clustered_rate needs a cluster for each record: got {n} records, {len(clusters)} clusters.")
+    number = {name: index for index, name in enumerate(dict.fromkeys(clusters))}
+    k, flags = len(number), np.asarray(hits, dtype=bool)
+    successes = int(flags.sum())
+    if k == n:
+        return rate(successes, n)
+    if k == 1 or min(successes, n - successes) < 2:
+        return _wilson(successes, n, k)
+    cluster_of = np.array([number[name] for name in clusters])
+    sizes = np.bincount(cluster_of, minlength=k)
+    counts = np.bincount(cluster_of, weights=flags, minlength=k)
+    share = successes / n
+    variance = k / (k - 1) * float(((counts - share * sizes) ** 2).sum()) / n**2
+    deff = max(1.0, variance * (n - 1) / (share * (1 - share)))
+    few = float((special.stdtrit(n - 1, 0.975) / special.stdtrit(k - 1, 0.975)) ** 2)
+    return _wilson(successes, n, max(1.0, n / deff * few))
 
 
 def _checked(scores: ArrayLike, labels: ArrayLike) -> tuple[Array, Array]:

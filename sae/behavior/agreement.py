@@ -1,7 +1,8 @@
 """How far judges agree: with people (`agreement`), and with each other (`compare_judges`).
 
 Agreement by chance is high where one class is rare, so Cohen's kappa stands beside the rate, with an interval from
-resampling prompts: replies to one prompt are not independent. Where judges part, the examples say why.
+resampling prompts: replies to one prompt are not independent, which the rates' intervals know, too. Where judges part,
+the examples say why.
 """
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import NamedTuple
 
 from sae import stats
 from sae.behavior.contrast import ContrastRecord
-from sae.behavior.judge import Judge, Verdict
+from sae.behavior.judge import Judge, Verdict, share_of
 from sae.behavior.topic import TopicMatch, topic_match
 from sae.errors import UserError
 
@@ -34,14 +35,19 @@ def agreement(judge: Judge, items: Iterable[tuple[str, ContrastRecord, Verdict]]
 def verdict_agreement(
     verdicts: Sequence[Verdict], labels: Sequence[Verdict], prompts: Sequence[Hashable], seed: int = 0
 ) -> Agreement:
-    """Compare verdicts with labels; equal `prompts` are resampled together."""
+    """Compare verdicts with labels; equal `prompts` are resampled together, and count as alike in the rates."""
     confusion = {label.value: {verdict.value: 0 for verdict in Verdict} for label in Verdict}
     for verdict, label in zip(verdicts, labels, strict=True):
         confusion[label.value][verdict.value] += 1
-    recall = {label: stats.rate(row[label], sum(row.values())) for label, row in confusion.items()}
-    hits = sum(row[label] for label, row in confusion.items())
+    same = [verdict is label for verdict, label in zip(verdicts, labels, strict=True)]
+
+    def recalled(label: Verdict) -> stats.Rate:
+        rows = [row for row, given in enumerate(labels) if given is label]
+        return stats.clustered_rate([same[row] for row in rows], [prompts[row] for row in rows])
+
     kappa = stats.kappa(labels, verdicts, prompts, seed=seed)
-    return Agreement(stats.rate(hits, len(labels)), kappa, confusion, recall)
+    recall = {label.value: recalled(label) for label in Verdict}
+    return Agreement(stats.clustered_rate(same, prompts), kappa, confusion, recall)
 
 
 class Parting(NamedTuple):
@@ -111,10 +117,7 @@ def compare_verdicts(
 ) -> JudgeComparison:
     """Say how far verdicts that are there already agree; see `compare_judges`."""
     prompts = [record.prompt for record in records]
-    rates = {
-        name: {one.value: stats.rate(sum(verdict is one for verdict in given), len(given)) for one in Verdict}
-        for name, given in verdicts.items()
-    }
+    rates = {name: {one.value: share_of(given, records, one) for one in Verdict} for name, given in verdicts.items()}
     pairs = []
     for first, second in combinations(verdicts, 2):
         both = list(zip(verdicts[first], verdicts[second], strict=True))

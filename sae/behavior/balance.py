@@ -4,9 +4,10 @@
     balanced.contrast, balanced.counts
 
 `match`: prompts of one stratum (the same ending, the same bin of lengths, ...) are kept in the same ratio of classes in
-every stratum of a split, so that within a split the classes have exactly the same distribution over strata. The ratio,
-one to a whole number, is the one that leaves most to compare with: the largest 1 / (1/n_positives + 1/n_negatives).
-Which prompts stay is decided by their hash, so that adding others moves few.
+every stratum of a split, so that within a split the classes have exactly the same distribution over strata. The strata
+are of what the audit reads, so lengths are in tokens where there is a tokenizer. The ratio, one to a whole number, is
+the one that leaves most to compare with: the largest 1 / (1/n_positives + 1/n_negatives). Which prompts stay is decided
+by their hash, so that adding others moves few.
 
 `strip`: stops, question marks, exclamation marks and colons are taken off the end of every last message.
 """
@@ -16,13 +17,14 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from sae import stats
 from sae.behavior.audit import audit
 from sae.behavior.contrast import ContrastRecord, ContrastSet, checked
-from sae.behavior.surface import SURFACE, families, strip_ending
+from sae.behavior.surface import SURFACE, families, length_unit, strip_ending
 from sae.errors import UserError, unknown
 
 METHODS = ("none", "match", "strip")
@@ -40,6 +42,7 @@ class Balanced:
         features: the families that were balanced.
         counts: split -> class -> (before, after).
         n_changed: prompts whose ending was taken off.
+        length_unit: in what lengths were told apart: "tokens", or "characters" without a tokenizer.
     """
 
     contrast: ContrastSet
@@ -47,9 +50,16 @@ class Balanced:
     features: tuple[str, ...]
     counts: dict[str, dict[str, tuple[int, int]]]
     n_changed: int
+    length_unit: str
 
 
-def balance(contrast: ContrastSet, method: str = "match", features: Sequence[str] | None = None) -> Balanced:
+def balance(
+    contrast: ContrastSet,
+    method: str = "match",
+    features: Sequence[str] | None = None,
+    tokenizer: Any | None = None,
+    seed: int = 0,
+) -> Balanced:
     """Make the classes of a set look alike.
 
     Args:
@@ -57,6 +67,9 @@ def balance(contrast: ContrastSet, method: str = "match", features: Sequence[str
         method: ``"match"`` drops prompts, ``"strip"`` changes endings, ``"none"`` leaves the set as it is.
         features: families of `sae.behavior.surface.SURFACE`. If not given, those that `audit` flags; of these, `strip`
             takes the ones that it can.
+        tokenizer: of the model that is to read the set: lengths are audited and matched in its tokens. Without one they
+            are in characters.
+        seed: of the audit. Give `audit` the same tokenizer and seed, and it flags what is balanced here.
 
     Raises:
         UserError: an unknown method or family, one that cannot be stripped, or a split whose strata have one
@@ -69,20 +82,24 @@ def balance(contrast: ContrastSet, method: str = "match", features: Sequence[str
             raise unknown("feature", name, list(SURFACE))
         if method == "strip" and name not in STRIPPED:
             raise UserError(f"{name!r} cannot be stripped from a prompt, only {', '.join(STRIPPED)}: match it instead.")
+    unit = length_unit(tokenizer)
     if method == "none":
-        return _counted(contrast, contrast, method, (), 0)
-    wanted = tuple(audit(contrast).flagged if features is None else features)
+        return _counted(contrast, contrast, method, (), 0, unit)
+    wanted = tuple(audit(contrast, tokenizer=tokenizer, seed=seed).flagged if features is None else features)
     if method == "strip":
         wanted = tuple(name for name in wanted if name in STRIPPED)
         stripped = [_stripped(record) if wanted else record for record in contrast.records]
         changed = sum(new != old for new, old in zip(stripped, contrast.records, strict=True))
-        return _counted(contrast, dataclasses.replace(contrast, records=tuple(stripped)), method, wanted, changed)
-    kept = _matched(contrast, wanted) if wanted else list(contrast.records)
+        return _counted(contrast, dataclasses.replace(contrast, records=tuple(stripped)), method, wanted, changed, unit)
+    kept = _matched(contrast, wanted, tokenizer) if wanted else list(contrast.records)
     what = f"{contrast.behavior!r}, matched on {', '.join(wanted)},"
-    return _counted(contrast, checked(dataclasses.replace(contrast, records=tuple(kept)), what), method, wanted, 0)
+    after = checked(dataclasses.replace(contrast, records=tuple(kept)), what)
+    return _counted(contrast, after, method, wanted, 0, unit)
 
 
-def _counted(before: ContrastSet, after: ContrastSet, method: str, features: tuple[str, ...], changed: int) -> Balanced:
+def _counted(
+    before: ContrastSet, after: ContrastSet, method: str, features: tuple[str, ...], changed: int, unit: str
+) -> Balanced:
     counts: dict[str, dict[str, tuple[int, int]]] = {
         split: {
             name: (
@@ -93,7 +110,7 @@ def _counted(before: ContrastSet, after: ContrastSet, method: str, features: tup
         }
         for split in stats.SPLITS
     }
-    return Balanced(after, method, features, counts, changed)
+    return Balanced(after, method, features, counts, changed, unit)
 
 
 def _stripped(record: ContrastRecord) -> ContrastRecord:
@@ -101,10 +118,10 @@ def _stripped(record: ContrastRecord) -> ContrastRecord:
     return dataclasses.replace(record, messages=[*before, {**last, "content": strip_ending(last["content"])}])
 
 
-def _matched(contrast: ContrastSet, features: Sequence[str]) -> list[ContrastRecord]:
+def _matched(contrast: ContrastSet, features: Sequence[str], tokenizer: Any | None) -> list[ContrastRecord]:
     """Keep the same ratio of classes in every stratum of a split."""
     find = np.array([record.split == "find" for record in contrast.records], dtype=bool)
-    chosen = [family for family in families(contrast.records, find) if family.name in features]
+    chosen = [family for family in families(contrast.records, find, tokenizer) if family.name in features]
     keys = list(zip(*(family.strata for family in chosen), strict=True))
     kept: set[int] = set()
     for split in dict.fromkeys(record.split for record in contrast.records):

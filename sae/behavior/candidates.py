@@ -7,6 +7,10 @@
 
 The first two rarely go together (Arad et al. 2505.20063): a latent that fires on harmful words need not refuse, and
 one that makes the model refuse need not fire on them alone. All but the first are of the select split.
+
+How far the attributions can be trusted is told by latents that had no part in choosing: a sample of those that fire,
+spread over their densities. Among the latents of the table, which ranking and attributions put there, the same rank
+correlation is over a range that they cut themselves.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -22,7 +26,15 @@ from sae import stats
 from sae.behavior.attribution import Agreement, ablation_effects, agreement, attribute
 from sae.behavior.contrast import ContrastSet
 from sae.behavior.latents import LatentScore
-from sae.behavior.measure import MarginTask, SiteData, logsumexp_of, prepare_margins, readouts_each
+from sae.behavior.measure import (
+    MarginTask,
+    SiteData,
+    collect,
+    logsumexp_of,
+    prepare,
+    prepare_margins,
+    readouts_each,
+)
 from sae.behavior.select import EDIT_ROLES
 from sae.behavior.settings import BehaviorSettings
 from sae.lm.hooks import Step
@@ -59,10 +71,12 @@ class CandidateScore:
 
 
 class Candidates(NamedTuple):
-    """The table, ranked latents first, and how far its attributions agree with what was measured."""
+    """The table, ranked latents first, and how far attributions agree with what was measured."""
 
     scores: list[CandidateScore]
-    agreement: Agreement
+    agreement_sampled: Agreement  #: over `sampled`
+    agreement_listed: Agreement  #: over the latents of the table: a range cut by what put them there
+    sampled: list[int]  #: latents drawn by density, whatever ranking and attributions say
     position: str  #: where the input score was read
     output_dose: float  #: what was written for the output score, in typical activations
     n_steps: int  #: of the integrated gradient's path
@@ -137,20 +151,20 @@ def score_candidates(
         site: its latents on the find split.
         ranked: its candidates, best first.
         splits: the contrast set's; `find` for the input score, `select` for all else.
-        settings: `n_candidates`, `n_steps`, `output_dose`, and the search's own.
+        settings: `n_candidates`, `n_agreement`, `n_steps`, `output_dose`, and the search's own.
     """
     select, find = splits["select"], splits["find"]
     positives = prepare_margins(lm, select.positives, settings.batch_prompts)
     negatives = prepare_margins(lm, select.negatives, settings.batch_prompts)
     gradient = attribute(lm, encoder, positives, 0, settings.roles)
     integrated = attribute(lm, encoder, positives, settings.n_steps, settings.roles)
-    latents = [score.latent for score in ranked]
-    for mean in (integrated.mean, gradient.mean):
-        strongest = np.argsort(mean, kind="stable")[: settings.n_candidates]
-        latents += [int(latent) for latent in strongest if mean[latent] < 0]
-    latents = list(dict.fromkeys(latents))
-    measured = ablation_effects(lm, encoder, [[latent] for latent in latents], positives, settings.roles)
-    position = _position(settings)
+    latents = _listed(ranked, (integrated.mean, gradient.mean), settings.n_candidates)
+    # Those that are silent on these prompts do nothing and are credited with nothing: agreement there is no merit.
+    live = collect(lm, [encoder], prepare(lm, select.positives, settings.batch_prompts)).sites[0].density
+    sampled = spread_sample(live, settings.n_agreement, settings.seed)
+    tried = list(dict.fromkeys([*latents, *sampled]))
+    effects = ablation_effects(lm, encoder, [[latent] for latent in tried], positives, settings.roles)
+    measured, position = effects[: len(latents)], _position(settings)
     acts, flags = site.acts[position][:, latents], np.asarray(find.labels, dtype=bool)
     typical = typical_values(acts[flags], site.mean_active[latents])
     area = stats.auroc(acts, flags)
@@ -175,8 +189,34 @@ def score_candidates(
         )
         for row, latent in enumerate(latents)
     ]
-    agree = agreement(gradient, integrated, latents, measured)
-    return Candidates(scores, agree, position, settings.output_dose, settings.n_steps)
+    return Candidates(
+        scores,
+        agreement(gradient, integrated, sampled, effects[[tried.index(latent) for latent in sampled]]),
+        agreement(gradient, integrated, latents, measured),
+        sampled,
+        position,
+        settings.output_dose,
+        settings.n_steps,
+    )
+
+
+def _listed(ranked: Sequence[LatentScore], attributed: Sequence[Array], n: int) -> list[int]:
+    """The ranked latents, and of each attribution the first `n` that speak for the behaviour."""
+    latents = [score.latent for score in ranked]
+    for mean in attributed:
+        strongest = np.argsort(mean, kind="stable")[:n]
+        latents += [int(latent) for latent in strongest if mean[latent] < 0]
+    return list(dict.fromkeys(latents))
+
+
+def spread_sample(density: Float[Array, " d_sae"], n: int, seed: int = 0) -> list[int]:
+    """Draw up to `n` latents that fire, one from each of `n` equal parts of them in the order of density."""
+    live = np.flatnonzero(density > 0)
+    if not n or not len(live):
+        return []
+    rng = np.random.default_rng(seed)
+    ordered = live[np.argsort(density[live], kind="stable")]
+    return sorted(int(rng.choice(part)) for part in np.array_split(ordered, min(n, len(ordered))))
 
 
 def _position(settings: BehaviorSettings) -> str:

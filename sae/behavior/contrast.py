@@ -294,13 +294,15 @@ def filter_on_behavior(
     """
     kept = []
     shown: dict[bool, list[bool]] = {True: [], False: []}
+    topics: dict[bool, list[str]] = {True: [], False: []}
     for index, (record, text) in enumerate(zip(contrast.records, completions, strict=True)):
         verdict = judge(text, record).value
         if verdict == ("behavior" if record.label else "alternative"):
             kept.append(index)
         if record.split == "report":
             shown[record.label].append(verdict == "behavior")
-    rates = {label: stats.rate(sum(hits), len(hits)) for label, hits in shown.items()}
+            topics[record.label].append(record.topic)
+    rates = {label: stats.clustered_rate(hits, topics[label]) for label, hits in shown.items()}
     result = ContrastSet(contrast.behavior, tuple(contrast.records[index] for index in kept))
     n_pos, n_neg = len(result.positives), len(result.negatives)
     _need_both(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sae import stats
 from sae.behavior.contrast import ContrastRecord
-from sae.behavior.judge import Judge, Verdict, answers_truly
+from sae.behavior.judge import Judge, answers_truly
 from sae.behavior.measure import Prompts, completions_each, evaluate_each, prepare
 from sae.behavior.together import Groups
 from sae.errors import UserError
@@ -104,7 +104,7 @@ class ChoiceTask(NamedTuple):
 
     questions: tuple[MultipleChoice, ...]
     batches: list[TokenBatch]
-    where: list[Tensor]  #: [batch pos] booleans: positions that predict a token of the choice
+    where: list[Tensor]  #: [batch pos] booleans: positions that predict a token by which the choice is scored
 
 
 def prepare_costs(
@@ -143,7 +143,7 @@ def prepare_costs(
         lookalikes=prepare(lm, list(lookalikes or arm)[:n_prompts], batch_prompts),
         judge=judge,
         facts=prepare(lm, list(facts)[:n_prompts], batch_prompts),
-        choices=_choice_task(lm, choices, batch_prompts),
+        choices=choice_task(lm, choices, batch_prompts),
         max_new_tokens=max_new_tokens,
     )
 
@@ -151,10 +151,7 @@ def prepare_costs(
 def measure_costs(lm: Any, groups: Groups, tasks: CostTasks) -> list[Cost]:
     """Measure everything again under each group of interventions; an empty one is the model by itself."""
     new = tasks.max_new_tokens
-    lookalikes = [
-        stats.rate(sum(one is Verdict.BEHAVIOR for one in found.verdicts), len(found.verdicts))
-        for found in evaluate_each(lm, groups, tasks.lookalikes, tasks.judge, new)
-    ]
+    lookalikes = [found.behavior for found in evaluate_each(lm, groups, tasks.lookalikes, tasks.judge, new)]
     facts = list(fact_accuracies(lm, groups, tasks.facts, new))
     costs = []
     for number, items in enumerate(groups):
@@ -209,9 +206,10 @@ def damage(lm: Any, followed: Sequence[Followed]) -> Damage:
 
 def fact_accuracies(lm: Any, groups: Groups, facts: Prompts, max_new_tokens: int) -> Iterator[stats.Rate]:
     """Yield how often questions of fact are answered truly under each group of interventions."""
+    topics = [record.topic for record in facts.records]
     for texts in completions_each(lm, groups, facts, max_new_tokens):
         right = [answers_truly(text, record) for text, record in zip(texts, facts.records, strict=True)]
-        yield stats.rate(sum(right), len(right))
+        yield stats.clustered_rate(right, topics)
 
 
 def on_front(effects: Sequence[float], costs: Sequence[float]) -> list[bool]:
@@ -250,6 +248,11 @@ def read_choices(path: Path | str) -> list[MultipleChoice]:
         texts = isinstance(choices, list) and all(isinstance(text, str) and text.strip() for text in choices)
         if not texts or len(choices) < 2:
             raise UserError(f"{where}: choices must be a list of at least two texts, none empty, not {choices!r}.")
+        twice = next(
+            (text for index, text in enumerate(choices) if text.strip() in map(str.strip, choices[:index])), None
+        )
+        if twice is not None:
+            raise UserError(f"{where}: the choice {twice!r} comes twice: give each once.")
         if not isinstance(record["question"], str) or not record["question"].strip():
             raise UserError(f"{where}: question {record['question']!r} is no text: say what is asked.")
         if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
@@ -283,16 +286,31 @@ def _logprobs(lm: Any, batch: TokenBatch, where: Tensor) -> Tensor:
     return lm.logits(batch.to(lm.device)).float().cpu()[where].log_softmax(dim=-1)
 
 
-def _choice_task(lm: Any, questions: Sequence[MultipleChoice], batch_prompts: int) -> ChoiceTask:
-    """Tokenize every choice as the reply to its question."""
-    chats = [[{"role": "user", "content": question.question}] for question in questions]
+def choice_task(lm: Any, questions: Sequence[MultipleChoice], batch_prompts: int = 256) -> ChoiceTask:
+    """Tokenize every choice as the model would give it in reply to its question.
+
+    A choice is tokenized where it stands, after the question, since many tokenizers have one token for "A" and another
+    for " A", and only one of them follows here. Tokens with which all choices of a question begin say nothing of them
+    and are not scored.
+
+    Raises:
+        UserError: two choices of a question that are the same tokens.
+    """
+    asked = [[{"role": "user", "content": question.question}] for question in questions]
+    told = [
+        [*chat, {"role": "assistant", "content": text}]
+        for chat, question in zip(asked, questions, strict=True)
+        for text in question.choices
+    ]
+    prompts = lm.tokenize_chats(asked).rows() if asked else []
+    answered = iter(lm.tokenize_chats(told, add_generation_prompt=False).rows() if told else ())
     rows, counts = [], []
-    for question, prompt in zip(questions, lm.tokenize_chats(chats).rows() if chats else (), strict=True):
-        for text in question.choices:
-            reply = list(lm.tokenizer(" " + text, add_special_tokens=False)["input_ids"])
-            roles = [int(Role.FIRST_RESPONSE), *[int(Role.ASSISTANT)] * (len(reply) - 1)]
-            rows.append(Tokenized([*prompt.tokens, *reply], [*prompt.roles, *roles]))
-            counts.append(len(reply))
+    for question, prompt in zip(questions, prompts, strict=True):
+        own = [_as_reply(lm, prompt, next(answered), text) for text in question.choices]
+        _refuse_alike(lm, question, [row.tokens for row, _ in own])
+        shared = _shared(own)
+        rows += [row for row, _ in own]
+        counts += [count - shared for _, count in own]
     task = ChoiceTask(tuple(questions), [], [])
     for start in range(0, len(rows), batch_prompts):
         batch = pad(rows[start : start + batch_prompts], padding_side="left", pad_id=lm.pad_id)
@@ -301,9 +319,43 @@ def _choice_task(lm: Any, questions: Sequence[MultipleChoice], batch_prompts: in
     return task
 
 
+def _as_reply(lm: Any, prompt: Tokenized, answered: Tokenized, text: str) -> tuple[Tokenized, int]:
+    """Return a question with a choice as its reply, ending with it, and how many tokens at the end are the choice's."""
+    said = [place for place, role in enumerate(answered.roles) if role in (Role.FIRST_RESPONSE, Role.ASSISTANT)]
+    if said:
+        start, stop, n = said[0], said[-1] + 1, len(prompt.tokens)
+        # A template that ends in a space: it is part of the reply's first token once there is a reply.
+        joined = not lm.tokenizer.decode(prompt.tokens[start:]).strip() if start < n else True
+        if joined and answered.tokens[: min(start, n)] == prompt.tokens[: min(start, n)]:
+            return Tokenized(answered.tokens[:stop], answered.roles[:stop]), stop - start
+    # A template that writes answered chats differently from open ones: the reply follows the open one.
+    reply = list(lm.tokenizer(text, add_special_tokens=False)["input_ids"])
+    roles = [int(Role.FIRST_RESPONSE), *[int(Role.ASSISTANT)] * (len(reply) - 1)]
+    return Tokenized([*prompt.tokens, *reply], [*prompt.roles, *roles]), len(reply)
+
+
+def _refuse_alike(lm: Any, question: MultipleChoice, tokens: Sequence[Sequence[int]]) -> None:
+    for index, text in enumerate(question.choices):
+        if tokens[index] in tokens[:index]:
+            other = question.choices[tokens.index(tokens[index])]
+            raise UserError(
+                f"the choices {other!r} and {text!r} of {question.question[:80]!r} are the same tokens to {lm.name!r}, "
+                "so nothing tells which it gives: reword one, or leave the question out."
+            )
+
+
+def _shared(own: Sequence[tuple[Tokenized, int]]) -> int:
+    """How many tokens all choices of a question begin with; each keeps one at least."""
+    replies = [row.tokens[len(row.tokens) - count :] for row, count in own]
+    shared = 0
+    while all(len(reply) > shared + 1 for reply in replies) and len({reply[shared] for reply in replies}) == 1:
+        shared += 1
+    return shared
+
+
 @torch.no_grad()
 def _choices_right(lm: Any, task: ChoiceTask) -> stats.Rate:
-    """Share of questions whose right choice has the largest mean log-probability a token.
+    """Share of questions whose right choice has the largest mean log-probability a scored token.
 
     A mean, as in length-normalised accuracy: a sum favours short choices whatever they say.
     """

@@ -12,8 +12,9 @@ import enum
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
+from sae import stats
 from sae.behavior.contrast import ContrastRecord
 from sae.errors import UserError
 
@@ -27,6 +28,11 @@ class Verdict(enum.Enum):
 
 
 Judge = Callable[[str, ContrastRecord], Verdict]
+
+
+def share_of(verdicts: Sequence[Verdict], records: Sequence[ContrastRecord], verdict: Verdict) -> stats.Rate:
+    """Return how often a verdict was given, with an interval that counts on prompts of one topic being alike."""
+    return stats.clustered_rate([found is verdict for found in verdicts], [record.topic for record in records])
 
 
 def plain(text: str) -> str:

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from sae import stats
 from sae.behavior.contrast import ContrastRecord
-from sae.behavior.judge import Judge, Verdict
+from sae.behavior.judge import Judge, Verdict, share_of
 from sae.behavior.together import Groups, per_group, sharing
 from sae.errors import UserError
 from sae.lm.chat import Message
@@ -298,7 +298,7 @@ class Outcome:
     """What a set of completions did.
 
     Attributes:
-        behavior, alternative, degenerate: rates; they sum to 1.
+        behavior, alternative, degenerate: rates; they sum to 1. Prompts of one topic are alike, and the intervals know.
         verdicts: one per record.
         texts: one per record.
     """
@@ -318,7 +318,7 @@ class Outcome:
 def outcome_of(texts: Sequence[str], records: Sequence[ContrastRecord], judge: Judge) -> Outcome:
     """Judge completions."""
     verdicts = tuple(judge(text, record) for text, record in zip(texts, records, strict=True))
-    counts = {verdict: stats.rate(sum(found is verdict for found in verdicts), len(verdicts)) for verdict in Verdict}
+    counts = {verdict: share_of(verdicts, records, verdict) for verdict in Verdict}
     return Outcome(
         counts[Verdict.BEHAVIOR],
         counts[Verdict.ALTERNATIVE],

@@ -23,6 +23,7 @@ class BehaviorSettings:
         n_stability: resamples of the topics, and halves of them, on which the ranking is repeated; 0 for none.
         null_runs: rankings of shuffled labels; 0 for none.
         n_steps: steps of the integrated gradient's path in the table of candidates.
+        n_agreement: latents drawn by density, on which attributions are compared with measured effects; 0 for none.
         output_dose: what the output score writes, in typical activations.
         sparse_ks: latents of the k-sparse probes among the rivals.
         n_interaction: latents ablated in pairs, the chosen ones first; 0 for none.
@@ -60,6 +61,7 @@ class BehaviorSettings:
     n_stability: int = 50
     null_runs: int = 50
     n_steps: int = 10
+    n_agreement: int = 48
     output_dose: float = 1.0
     sparse_ks: tuple[int, ...] = (1, 5, 20)
     n_interaction: int = 8
@@ -120,6 +122,7 @@ class BehaviorSettings:
             "n_examples",
             "n_stability",
             "null_runs",
+            "n_agreement",
             "n_interaction",
         ):
             if getattr(self, name) < 0:

@@ -64,7 +64,8 @@ def families(records: Sequence[ContrastRecord], fit: Bool[Array, " n"], tokenize
     Args:
         records: [n] the prompts.
         fit: [n] True for the rows on which words and bins are chosen.
-        tokenizer: a Hugging Face tokenizer, for lengths in tokens; without one they are in characters and words.
+        tokenizer: a Hugging Face tokenizer, for lengths in tokens, in which they are then binned and matched; without
+            one they are in characters and words, and binned and matched in characters.
     """
     last = [record.messages[-1]["content"] for record in records]
     whole = ["\n".join(message["content"] for message in record.messages) for record in records]
@@ -128,11 +129,16 @@ def _length(whole: Sequence[str], records: Sequence[ContrastRecord], fit: Bool[A
         found = tokenizer(list(whole), add_special_tokens=False, verbose=False)["input_ids"]
         counts["tokens"] = np.array([len(ids) for ids in found])
     columns = {f"{name} (log)": np.log1p(count).tolist() for name, count in counts.items()}
-    # Bins besides, since one class may be of middling length only.
+    # Bins besides, since one class may be of middling length only. They and the strata are of what the model reads.
     labels = np.array([record.label for record in records], dtype=bool)
-    bins, strata = (_bins(counts["characters"], labels, fit, n) for n in (N_BINS, N_STRATA))
+    bins, strata = (_bins(counts[length_unit(tokenizer)], labels, fit, n) for n in (N_BINS, N_STRATA))
     columns |= {f"length bin {index}": (bins == index).astype(float).tolist() for index in np.unique(bins)}
     return _table("length", columns, strata.tolist())
+
+
+def length_unit(tokenizer: Any | None) -> str:
+    """In what lengths are binned and matched: in tokens where there is a tokenizer, else in characters."""
+    return "characters" if tokenizer is None else "tokens"
 
 
 def _bins(values: Array, labels: Bool[Array, " n"], fit: Bool[Array, " n"], n: int) -> Array:

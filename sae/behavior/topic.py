@@ -66,7 +66,7 @@ def topic_match(prompts: Sequence[str], replies: Sequence[str], seed: int = 0) -
     number = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
     asked, rows = np.array([number[prompt] for prompt in prompts], dtype=np.int64), np.arange(n)
     shares = _shares(list(number), replies)
-    own = stats.rate(int(shares[rows, asked].sum()), n)
+    own = stats.clustered_rate(shares[rows, asked].tolist(), prompts)
     if len(number) < 2:
         return TopicMatch(own, float("nan"), float("nan"))
     rng = np.random.default_rng(seed)

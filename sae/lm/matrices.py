@@ -6,11 +6,12 @@ those of the others.
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
 from sae.errors import UserError
+from sae.lm.head_layout import Heads, fused_starts
 
 if TYPE_CHECKING:
     from sae.lm.model import LanguageModel
@@ -18,15 +19,15 @@ if TYPE_CHECKING:
 ATTENTION = ("attn", "attention", "self_attn", "self_attention")
 KINDS = {
     "q_proj": "q", "k_proj": "k", "v_proj": "v", "q": "q", "k": "k", "v": "v", "query": "q", "key": "k", "value": "v",
-    "qkv_proj": "qkv", "c_attn": "qkv", "query_key_value": "qkv_by_head",
+    "qkv_proj": "qkv", "c_attn": "qkv", "query_key_value": "qkv", "Wqkv": "qkv",
     "o_proj": "o", "out_proj": "o", "dense": "o", "o": "o",
     "gate_proj": "gate", "up_proj": "in", "down_proj": "out", "gate_up_proj": "gate_in",
     "c_fc": "in", "fc1": "in", "fc_in": "in", "dense_h_to_4h": "in",
     "fc2": "out", "fc_out": "out", "dense_4h_to_h": "out",
 }  # fmt: skip
-"""What a module of a block does, by its name: queries, keys and values (alone, one after the other, or interleaved by
-head), the output of attention, the MLP's gate and input (alone, or one after the other) and output. GPT-2's `c_proj` is
-the output of either."""
+"""What a module of a block does, by its name: queries, keys and values (alone, or in one matrix, ordered as
+`sae.lm.head_layout` says), the output of attention, the MLP's gate and input (alone, or one after the other) and
+output. GPT-2's `c_proj` is the output of either."""
 
 
 class Matrix(NamedTuple):
@@ -84,7 +85,8 @@ def block_matrices(lm: "LanguageModel") -> list[Matrix]:
     """Every matrix of every block, in the model's order.
 
     Raises:
-        UserError: compatibility mode, whose weights are processed copies; or no matrix at all (quantised weights).
+        UserError: compatibility mode, whose weights are processed copies; TransformerLens computing with copies of its
+            own of some matrix; or no matrix at all (quantised weights).
     """
     if getattr(lm.bridge, "compatibility_mode", False):
         raise UserError(
@@ -105,9 +107,28 @@ def block_matrices(lm: "LanguageModel") -> list[Matrix]:
             seen.add(id(weight))
             axis = 1 if type(module).__name__ == "Conv1D" else 0
             found.append(Matrix(f"{path}.weight", inside[id(weight)], _kind(path), weight, axis))
+    _refuse_copies(lm, found)
     if not found:
         raise UserError(f"no plain matrix in the blocks of {lm.name!r}: load it without quantisation.")
     return found
+
+
+def _refuse_copies(lm: "LanguageModel", matrices: list[Matrix]) -> None:
+    """Refuse a model whose bridge has split a fused matrix into copies: what is done to the matrix changes nothing.
+
+    Where the parts are views of the matrix (GPT-2's), they change with it.
+    """
+    fused = [matrix for matrix in matrices if matrix.kind == "qkv"]
+    own = [module._parameters.values() for _, module in _plain_modules(lm.bridge.original_model)]
+    memory = {item.untyped_storage().data_ptr() for items in own for item in items if item is not None}
+    for matrix in fused:
+        for name, parameter in lm.bridge.blocks[matrix.layer].original_component.named_parameters():
+            is_part = parameter.ndim == 2 and name.split(".")[-3:-2] in (["q"], ["k"], ["v"])
+            if is_part and parameter.untyped_storage().data_ptr() not in memory:
+                raise UserError(
+                    f"TransformerLens computes with copies of parts of {matrix.name!r} of {lm.name!r}, so what is done "
+                    "to the model's own matrices would change nothing: load the model with lm.library=transformers."
+                )
 
 
 def _plain_modules(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -127,7 +148,7 @@ def _kind(path: str) -> str:
     if last == "c_proj":
         return "o" if attends else "out"
     kind = KINDS.get(last, "")
-    return kind if attends or kind not in ("q", "k", "v", "o", "qkv", "qkv_by_head") else ""
+    return kind if attends or kind not in ("q", "k", "v", "o", "qkv") else ""
 
 
 def neurons(lm: "LanguageModel", matrices: list[Matrix] | None = None) -> list[Part]:
@@ -159,7 +180,7 @@ def neurons(lm: "LanguageModel", matrices: list[Matrix] | None = None) -> list[P
 
 
 def heads(lm: "LanguageModel", matrices: list[Matrix] | None = None) -> list[Part]:
-    """Every attention head, by block.
+    """Every attention head, by block. Blocks where nothing tells which rows are which head's are left out.
 
     Raises:
         UserError: no block has attention of a known kind.
@@ -167,6 +188,8 @@ def heads(lm: "LanguageModel", matrices: list[Matrix] | None = None) -> list[Par
     found = []
     n_heads = int(lm.bridge.cfg.n_heads)
     shared = int(getattr(lm.bridge.cfg, "n_key_value_heads", None) or n_heads)
+    config = getattr(lm.bridge.original_model, "config", None)
+    unknown: set[str] = set()
     for layer, own in _by_layer(matrices or block_matrices(lm)).items():
         if "o" not in own:
             continue
@@ -175,41 +198,47 @@ def heads(lm: "LanguageModel", matrices: list[Matrix] | None = None) -> list[Par
             continue
         size = width // n_heads
         for index in range(n_heads):
-            rows = _head_rows(own, index, size, n_heads, shared)
+            rows = _head_rows(own, index, Heads(n_heads, shared, size), config)
             if rows:
                 column = Slice(own["o"].name, 1 - own["o"].out_axis, index * size, (index + 1) * size)
                 found.append(Part("head", layer, index, (*rows, column)))
+            elif "qkv" in own:
+                unknown.add(_module(own["qkv"]))
+    if not found and unknown:
+        raise UserError(
+            f"{lm.name!r} (model_type {getattr(config, 'model_type', None)!r}) makes queries, keys and values with one "
+            f"matrix, {', '.join(sorted(unknown))}, and in which order its heads lie there is not known: locate rows "
+            "or neurons instead."
+        )
     if not found:
         raise UserError(f"the blocks of {lm.name!r} have no attention of a known kind: locate rows or neurons instead.")
     return found
 
 
-def _head_rows(own: dict[str, Matrix], index: int, size: int, n_heads: int, shared: int) -> list[Slice]:
-    """Where a head's queries lie, and its keys and values if it shares them with none."""
+def _module(matrix: Matrix) -> str:
+    """The name of the module that holds a matrix."""
+    return matrix.name.split(".")[-2]
 
-    def is_long(matrix: Matrix, n: int) -> bool:
-        # Of another length, heads lie in another way: with a gate beside each query, say, or keys shared by all.
-        return matrix.parameter.shape[matrix.out_axis] == size * n
 
-    if "qkv_by_head" in own:
-        matrix = own["qkv_by_head"]
-        if shared != n_heads or not is_long(matrix, 3 * n_heads):
-            return []
-        return [Slice(matrix.name, matrix.out_axis, 3 * size * index, 3 * size * (index + 1))]
-    starts: list[tuple[Matrix, int]] = []
+def _head_rows(own: dict[str, Matrix], index: int, heads: Heads, config: Any) -> list[Slice]:
+    """Where a head's queries lie, and its keys and values if it shares them with none; [] where that is not known."""
+    n_heads, shared, size = heads
+
+    def at(matrix: Matrix, start: int) -> Slice:
+        return Slice(matrix.name, matrix.out_axis, start, start + size)
+
     if "qkv" in own:
         matrix = own["qkv"]
-        if not is_long(matrix, n_heads + 2 * shared):
-            return []
-        starts = [(matrix, 0), (matrix, size * n_heads), (matrix, size * (n_heads + shared))]
-    elif "q" in own:
-        if not is_long(own["q"], n_heads) or any(not is_long(own[kind], shared) for kind in ("k", "v") if kind in own):
-            return []
-        starts = [(own[kind], 0) for kind in ("q", "k", "v") if kind in own]
-    kept = starts if shared == n_heads else starts[:1]
-    return [
-        Slice(matrix.name, matrix.out_axis, start + index * size, start + (index + 1) * size) for matrix, start in kept
-    ]
+        length = matrix.parameter.shape[matrix.out_axis]
+        starts = fused_starts(config, _module(matrix), heads, index, length)
+        return [at(matrix, start) for start in starts or ()]
+    if "q" not in own:
+        return []
+    # Of another length, heads lie in another way: with a gate beside each query, say, or keys shared by all.
+    lengths = {kind: own[kind].parameter.shape[own[kind].out_axis] for kind in ("q", "k", "v") if kind in own}
+    if any(length != size * (n_heads if kind == "q" else shared) for kind, length in lengths.items()):
+        return []
+    return [at(own[kind], index * size) for kind in lengths if kind == "q" or shared == n_heads]
 
 
 def rows(matrices: list[Matrix]) -> list[Part]:

@@ -323,4 +323,5 @@ def _candidates(behavior: Behavior) -> dict[str, Any]:
         "candidates": table("Candidates", columns, lines, tall=True),
         "candidates_plot": Markup(dossier_plots.attributed(evidence.candidates)) if lines else None,
         "agreement": ", ".join(said),
+        "n_agreement": max((one.n or 0 for one in evidence.agreement.values()), default=0),
     }

@@ -314,7 +314,8 @@ class Evidence:
     pairs: list[LatentPair] = field(default_factory=list)
     hydras: list[Hydra] = field(default_factory=list)
     candidates: list[CandidateRow] = field(default_factory=list)
-    agreement: dict[str, Correlation] = field(default_factory=dict)  # gradient and integrated, with what was measured
+    # Gradient and integrated with what was measured, over latents that neither chose.
+    agreement: dict[str, Correlation] = field(default_factory=dict)
     confounds: Confounds | None = None
     origin: Origin | None = None
     judges: Judges | None = None

@@ -39,7 +39,7 @@ from sae.report.values import (
 def read_evidence(entry: Mapping[str, Any]) -> Evidence:
     """Read it from a behaviour's record; what is missing or malformed is left out."""
     candidates, interactions = as_dict(entry.get("candidates")), as_dict(entry.get("interactions"))
-    agreement = {name: as_correlation(item) for name, item in as_dict(candidates.get("agreement")).items()}
+    agreement = {name: as_correlation(item) for name, item in as_dict(candidates.get("agreement_sampled")).items()}
     dropped = {name: as_int(entry.get(f"dropped_{name}")) for name in ("positives", "negatives")}
     found = entry.get("found")
     numbers = {name: as_int(entry.get(name)) for name in ("n_tested", "n_significant", "n_significant_shuffled")}

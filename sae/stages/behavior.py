@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 from sae.autoencoder.sae import SAE, read_config
 from sae.behavior.causal import Beside
 from sae.behavior.contrast import ContrastRecord, ContrastSet
-from sae.behavior.cost import MultipleChoice, OtherBehavior, read_choices
+from sae.behavior.cost import MultipleChoice, OtherBehavior, choice_task, read_choices
 from sae.behavior.decoys import planted_directions
 from sae.behavior.find import find_behavior
 from sae.behavior.findings import BehaviorReport
+from sae.behavior.judges.identity import judge_key
 from sae.behavior.judges.registry import judge_for, panel
 from sae.behavior.results import CausalReport
 from sae.behavior.settings import BehaviorSettings
@@ -100,6 +101,7 @@ def ensure_behaviors(config: RunConfig, lm: LanguageModel) -> dict[str, Any]:
     settings = make_settings(config)
     beside = read_beside(config, lm)
     inputs = {"lm": common.model_key(lm)} | common.sae_inputs(paths, folder) | text_inputs(config, opened, beside)
+    inputs |= judge_inputs(contrasts, config, lm)
     if common.skip(config, folder, settings, inputs):
         return common.read_result(folder)
     saes = [SAE.load(path, device=lm.device) for path in paths]
@@ -165,8 +167,7 @@ def _find(
     config: RunConfig,
     given: GivenBeside,
 ) -> BehaviorReport:
-    # The organism's judges know its grammar; they fit its own contrast sets, not a file that shares a name with one.
-    built_in = {name for name in config.behavior.contrast if name in BEHAVIORS}
+    built_in = _built_in(config)
     others = {
         name: OtherBehavior(other.split("report").records, judge_for(name, judged_as(name, built_in, lm)))
         for name, other in contrasts.items()
@@ -214,9 +215,27 @@ def text_inputs(config: RunConfig, opened: Mapping[str, Opened], beside: GivenBe
     return found | {"behavior.beside": sha256_json([beside, text]), "behavior.given": sha256_json(given)}
 
 
+def judge_inputs(contrasts: Mapping[str, ContrastSet], config: RunConfig, lm: LanguageModel) -> dict[str, str]:
+    """Hashes of the judges of every behaviour that is judged: the one that decides, and those beside it."""
+    models = {name: judged_as(name, _built_in(config), lm) for name in contrasts}
+    if common.is_organism(lm):
+        models = dict.fromkeys(BEHAVIORS, common.ORGANISM) | models
+    panels = {name: panel(name, model) for name, model in models.items()}
+    return {
+        f"judges.{name}": sha256_json([[label, judge_key(judge)] for label, judge in judges.items()])
+        for name, judges in panels.items()
+    }
+
+
+def _built_in(config: RunConfig) -> set[str]:
+    # The organism's judges know its grammar; they fit its own contrast sets, not a file that shares a name with one.
+    return {name for name in config.behavior.contrast if name in BEHAVIORS}
+
+
 def read_beside(config: RunConfig, lm: LanguageModel) -> GivenBeside:
     """Read what is named in the configuration, before anything is run or written."""
     choices = read_choices(config.behavior.choices) if config.behavior.choices else []
+    choice_task(lm, choices)  # refuses choices that this model cannot tell apart
     return GivenBeside(open_lookalikes(config, lm), choices)
 
 

@@ -86,7 +86,7 @@ def _is_described(name: str) -> bool:
 
 
 def open_contrasts(config: RunConfig, lm: LanguageModel | None) -> dict[str, Opened]:
-    """Every configured set, balanced as configured, by the name of its behaviour.
+    """Every configured set, balanced as configured, by the name of its behaviour; lengths in the model's tokens.
 
     Raises:
         UserError: what `open_contrast` raises, two sets of one behaviour, or a data file that no set reads.
@@ -101,7 +101,14 @@ def open_contrasts(config: RunConfig, lm: LanguageModel | None) -> dict[str, Ope
                 "one of the files."
             )
         opened[contrast.behavior] = Opened(
-            contrast, balance(contrast, options.balance, list(options.balance_features) or None)
+            contrast,
+            balance(
+                contrast,
+                options.balance,
+                list(options.balance_features) or None,
+                tokenizer=None if lm is None else lm.tokenizer,
+                seed=options.seed,
+            ),
         )
     provenances = [item.given.provenance for item in opened.values()]
     known = {file.name for provenance in provenances if provenance for file in provenance.files}
@@ -139,6 +146,7 @@ def confounds(
             "features": list(balanced.features),
             "counts": to_plain(balanced.counts),
             "n_changed": balanced.n_changed,
+            "length_unit": balanced.length_unit,
         },
         "after": None if after is None else {"flagged": list(after.flagged), "audit": to_plain(after)},
     }

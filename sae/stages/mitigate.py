@@ -15,6 +15,7 @@ import torch
 from sae.behavior.contrast import ContrastRecord, ContrastSet
 from sae.behavior.cost import OtherBehavior
 from sae.behavior.judge import Judge
+from sae.behavior.judges.identity import judge_key
 from sae.behavior.judges.registry import judge_for
 from sae.config import RunConfig
 from sae.errors import UserError, unknown
@@ -175,6 +176,9 @@ def _inputs(
 ) -> dict[str, str]:
     inputs = {"lm": common.model_key(lm), behavior: sha256_json(contrast.records)}
     inputs |= {f"keep/{name}": sha256_json(part.records) for name, part in kept.items()}
+    judged = {behavior: _judge(config.behavior.contrast[0], behavior)}
+    judged |= {f"keep/{name}": _judge(name, part.behavior) for name, part in kept.items()}
+    inputs |= {f"judges.{name}": judge_key(judge) for name, judge in judged.items()}
     scores = Path(config.mitigate.scores)
     if config.mitigate.scores:
         inputs["scores"] = sha256_file(scores) if scores.is_file() else str(scores)

@@ -37,6 +37,72 @@ def test_rate_of_nothing_knows_nothing() -> None:
         stats.rate(3, 2)
 
 
+@given(hits=st.lists(st.booleans(), max_size=60))
+def test_a_clustered_rate_of_clusters_of_one_is_the_rate(hits: list[bool]) -> None:
+    assert str(stats.clustered_rate(hits, range(len(hits)))) == str(stats.rate(sum(hits), len(hits)))  # NaN is itself
+
+
+def test_records_that_are_fully_alike_count_once() -> None:
+    """Clusters of equal size and one outcome each: deff is the size, but for what few clusters cost."""
+    shown = np.arange(20) < 8
+    alone = stats.rate(8, 20)
+    alike = stats.clustered_rate(np.repeat(shown, 5).tolist(), np.repeat(np.arange(20), 5).tolist())
+    assert (alike.rate, alike.n) == (0.4, 100)
+    factor = (scipy_stats.t.ppf(0.975, 99) / scipy_stats.t.ppf(0.975, 19)) ** 2
+    effective = factor * 100 / ((20 / 19) * 20 * 0.24 * 25 / 100**2 * 99 / 0.24)
+    assert 17 < effective < 20
+    z2 = scipy_stats.norm.ppf(0.975) ** 2
+    # Wilson's bounds are the p for which |0.4 - p| is z standard errors.
+    for bound in (alike.low, alike.high):
+        assert (0.4 - bound) ** 2 == pytest.approx(z2 * bound * (1 - bound) / effective)
+    assert alike.low < alone.low
+    assert alike.high > alone.high
+
+
+def test_where_nothing_tells_how_alike_records_are_each_cluster_counts_once() -> None:
+    for hit, bound in ((True, "low"), (False, "high")):
+        found = stats.clustered_rate([hit] * 24, [index // 6 for index in range(24)])
+        assert getattr(found, bound) == getattr(stats.rate(4 * hit, 4), bound)
+        assert found.n == 24
+    # One record that differs tells nothing either, and must not make the interval narrower than none.
+    clusters = [index // 4 for index in range(100)]
+    lows = [stats.clustered_rate([index >= missed for index in range(100)], clusters).low for missed in (0, 1)]
+    assert lows[1] < lows[0] == stats.rate(25, 25).low
+    one = stats.clustered_rate([True, False], ["a", "a"])
+    assert one.low < 0.1
+    assert one.high > 0.9
+    assert str(stats.clustered_rate([], [])) == str(stats.rate(0, 0))
+    with pytest.raises(ValueError, match="2 records, 1 clusters"):
+        stats.clustered_rate([True, False], ["a"])
+
+
+@pytest.mark.parametrize(("rho", "p"), [(0.0, 0.9), (0.3, 0.5), (0.3, 0.9), (0.3, 0.98)])
+def test_clustered_intervals_cover_what_plain_ones_miss(rho: float, p: float) -> None:
+    """25 clusters of 4 with beta-binomial counts, whose intraclass correlation is rho."""
+    rng, clusters = np.random.default_rng(11), np.repeat(np.arange(25), 4).tolist()
+    n_draws, covered = 600, np.zeros(2)
+    for _ in range(n_draws):
+        scale = 1 / rho - 1 if rho else 0.0
+        rates = rng.beta(p * scale, (1 - p) * scale, 25) if rho else np.full(25, p)
+        hits = rng.random(100) < np.repeat(rates, 4)
+        plain, honest = stats.rate(int(hits.sum()), 100), stats.clustered_rate(hits.tolist(), clusters)
+        covered += [plain.low <= p <= plain.high, honest.low <= p <= honest.high]
+    assert covered[1] / n_draws >= 0.93
+    if rho:
+        assert covered[0] / n_draws < 0.9
+
+
+def test_calling_agreeing_records_independent_would_miss_what_counting_clusters_covers() -> None:
+    """15 clusters of 8 that are fully alike: exact coverage of p = .9, over the clusters that may hit."""
+    clusters = np.repeat(np.arange(15), 8).tolist()
+    chance = scipy_stats.binom.pmf(np.arange(16), 15, 0.9)
+    found = [stats.clustered_rate([cluster < hit for cluster in clusters], clusters) for hit in range(16)]
+    covered = np.array([one.low <= 0.9 <= one.high for one in found])
+    assert chance @ covered > 0.98
+    covered[15] = stats.rate(120, 120).low <= 0.9
+    assert chance @ covered < 0.79
+
+
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10_000), n=st.integers(2, 40))
 def test_auroc_counts_pairs_with_ties_half(seed: int, n: int) -> None:

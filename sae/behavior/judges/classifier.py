@@ -29,7 +29,7 @@ from sae.behavior.contrast import ContrastRecord
 from sae.behavior.judge import Verdict, is_degenerate, plain
 from sae.behavior.judges.substring import opening_refuses
 from sae.errors import UserError
-from sae.files import atomic_folder, read_json, read_tensors, sha256_file, write_json, write_tensors
+from sae.files import atomic_folder, read_json, read_tensors, sha256_file, sha256_json, write_json, write_tensors
 
 DIMS = 2**13
 COLUMNS = DIMS + 1
@@ -97,6 +97,12 @@ class FittedJudge:
     bias: Float[NDArray[np.float32], " n_classes"]
     about: Mapping[str, Any] = field(default_factory=dict)
     digests: frozenset[str] = frozenset()
+
+    @property
+    def fingerprint(self) -> str:
+        """Return a hash of what its verdicts rest on; where it was fitted is no part of it."""
+        weights = [hashlib.sha256(array.tobytes()).hexdigest() for array in (self.weight, self.bias)]
+        return sha256_json([self.features, self.classes, weights])
 
     def probabilities(self, texts: Sequence[str]) -> Float[NDArray[np.float64], "n n_classes"]:
         """Return each text's probability of each class, in the order of `classes`."""

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 from sae.behavior.contrast import ContrastRecord
 from sae.behavior.judge import Verdict, is_degenerate
 from sae.errors import UserError
-from sae.files import append_jsonl, read_jsonl
+from sae.files import append_jsonl, read_jsonl, sha256_json
 
 ANSWERS = {
     "REFUSAL": Verdict.BEHAVIOR,
@@ -87,6 +87,11 @@ class EndpointJudge:
         if self._cache is not None and self._cache.is_file():
             self._known = {entry["key"]: entry["answer"] for entry in read_jsonl(self._cache) if _is_entry(entry)}
         self._opener = urllib.request.build_opener(_NoRedirect)
+
+    @property
+    def fingerprint(self) -> str:
+        """Return what its verdicts rest on: the address, the model, what it is told, and how long it may answer."""
+        return sha256_json([self.base_url, self.model, INSTRUCTION, self.max_tokens])
 
     def __repr__(self) -> str:
         return f"EndpointJudge({self.base_url!r}, {self.model!r})"

@@ -158,6 +158,49 @@ def test_matching_several_families_takes_all_of_them_out():
     assert all(after.row(name).auroc.estimate <= 0.6 for name in ("punctuation", "length"))
 
 
+def by_vowel(texts, **options):
+    """A tokenizer that begins a token at every vowel."""
+    return {"input_ids": [[0] * sum(char in "aeiou" for char in text) for text in texts]}
+
+
+def mean_tokens(contrast, split):
+    return [
+        np.mean([len(ids) for ids in by_vowel([r.prompt for r in part if r.split == split])["input_ids"]])
+        for part in (contrast.positives, contrast.negatives)
+    ]
+
+
+def test_lengths_are_matched_in_the_tokens_that_the_audit_counts():
+    """Prompts of equally many words and characters, of which the positives' are of more tokens."""
+    rng = np.random.default_rng(0)
+    raws = [
+        {"messages": [{"role": "user", "content": " ".join(["tell", *rng.choice(WORDS[:2], 8, p=(share, 1 - share))])}],
+         "label": int(label), "topic": f"t{index // 4}", "behavior_texts": ["no"], "alternative_texts": ["yes"]}
+        for index in range(600) for label in [index % 2] for share in [(0.4, 0.6)[label]]
+    ]  # fmt: skip
+    for number, raw_record in enumerate(raws):
+        spelt = raw_record["messages"][0]["content"].replace("river", "aiode").replace("stone", "strng")
+        # A prompt may not come twice: an end of its own, of equally many vowels and letters.
+        raw_record["messages"][0]["content"] = f"{spelt} {np.base_repr(number, 5).zfill(5).translate(LETTERS)}"
+    contrast = load_contrast(raws, "planted")
+    assert audit(contrast, n_draws=DRAWS).flagged == (), "in characters and words there is nothing to see"
+    assert audit(contrast, tokenizer=by_vowel, n_draws=DRAWS).flagged == ("length",)
+    assert balance(contrast, "match").contrast.records == contrast.records
+    matched = balance(contrast, "match", tokenizer=by_vowel)
+    assert (matched.features, matched.length_unit) == (("length",), "tokens")
+    after = audit(matched.contrast, tokenizer=by_vowel, n_draws=DRAWS)
+    assert after.flagged == ()
+    assert after.row("length").auroc.estimate < 0.55
+    for split in stats.SPLITS:
+        gaps = [abs(np.subtract(*mean_tokens(item, split))) for item in (contrast, matched.contrast)]
+        assert gaps[0] > 3
+        assert gaps[1] < 0.25, "all but what the outermost strata hide"
+    assert len(matched.contrast) > 300
+
+
+LETTERS = str.maketrans("01234", "bcdfg")
+
+
 def test_stripping_changes_endings_only():
     contrast = prompts(end=(0.02, 0.7), n=400)
     stripped = balance(contrast, "strip")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sae.behavior.contrast import load_contrast
-from sae.behavior.cost import MultipleChoice, measure_costs, on_front, prepare_costs, read_choices
+from sae.behavior.cost import MultipleChoice, choice_task, measure_costs, on_front, prepare_costs, read_choices
 from sae.behavior.judges.registry import judge_for
 from sae.errors import UserError
 from sae.lm.load import load_lm
@@ -118,6 +118,7 @@ def test_the_front_keeps_what_nothing_beats():
         ({"question": "2 + 2?", "choices": ["3", "4"], "answer": 2}, "no index of 2 choices"),
         ({"question": "2 + 2?", "choices": ["3", "4"]}, "needs the fields"),
         ({"question": "2 + 2?", "choices": ["3", " "], "answer": 0}, "none empty"),
+        ({"question": "2 + 2?", "choices": ["3", "4", " 3"], "answer": 1}, "' 3' comes twice"),
         ({"question": None, "choices": ["3", "4"], "answer": 0}, "question None is no text"),
         ({"question": "2 + 2?", "choices": ["3", "4"], "answer": True}, "no index"),
     ],
@@ -138,3 +139,72 @@ def test_an_empty_file_of_questions_is_refused(tmp_path):
     file.write_text("")
     with pytest.raises(UserError, match="empty"):
         read_choices(file)
+
+
+def letters_lm(folder, reply, template):
+    """A random model with one token for "A" and another for " A"; `reply` is what stands before a reply, without it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("\u0120", letter) for letter in "AB"]
+    vocabulary = {token: index for index, token in enumerate([*alphabet, *map("".join, merges)])}
+    raw = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}\n{% else %}"
+        + template
+        + "{% endif %}{% endfor %}{% if add_generation_prompt %}"
+        + reply
+        + "{% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=64)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    return load_lm(str(folder), device="cpu")
+
+
+def scored(lm, choices):
+    """Of each choice, the text that the model reads before it is scored, and the tokens it is scored by."""
+    task = choice_task(lm, [MultipleChoice("Which?", tuple(choices), 0)])
+    ((batch, where),) = zip(task.batches, task.where, strict=True)
+    found = []
+    for tokens, mask, places in zip(batch.tokens, batch.mask, where, strict=True):
+        first = int(places.nonzero()[0])
+        before = lm.tokenizer.decode(tokens[: first + 1][mask[: first + 1]])
+        found.append((before, lm.tokenizer.convert_ids_to_tokens(tokens.roll(-1)[places].tolist())))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("reply", "template", "before", "marks"),
+    [
+        ("Answer:", "Answer: {{ m.content }}<eos>", "Answer:", ["\u0120A", "\u0120B"]),
+        ("Answer: ", "Answer: {{ m.content }}<eos>", "Answer:", ["\u0120A", "\u0120B"]),
+        ("Answer:\n", "Answer:\n{{ m.content }}<eos>", "Answer:\n", ["A", "B"]),
+        ("Answer:<", "Answer:<>{{ m.content }}<eos>", "Answer:<>", ["A", "B"]),
+        ("Answer: think ", "Answer: {{ m.content }}<eos>", "Answer: think ", ["A", "B"]),
+    ],
+)
+def test_a_choice_is_scored_by_the_token_that_would_follow_the_question(tmp_path, reply, template, before, marks):
+    """With or without a space, as the template has it, whether or not an open chat already ends with it."""
+    lm = letters_lm(tmp_path, reply, template)
+    assert scored(lm, ["A", "B"]) == [(f"Which?\n{before}", [mark]) for mark in marks]
+
+
+def test_what_all_choices_begin_with_is_not_scored(tmp_path):
+    lm = letters_lm(tmp_path, "Answer:", "Answer: {{ m.content }}<eos>")
+    assert scored(lm, ["A1", "A25"]) == [("Which?\nAnswer: A", ["1"]), ("Which?\nAnswer: A", ["2", "5"])]
+    assert [tokens for _, tokens in scored(lm, ["A1", "A12", "B"])] == [
+        ["\u0120A", "1"],
+        ["\u0120A", "1", "2"],
+        ["\u0120B"],
+    ]
+    assert [tokens for _, tokens in scored(lm, ["A", "A1"])] == [["\u0120A"], ["\u0120A", "1"]]
+
+
+def test_choices_that_are_the_same_tokens_are_refused(lm):
+    with pytest.raises(UserError, match="'wubbl' and 'wobbl' of 'what \\?' are the same tokens"):
+        choice_task(lm, [MultipleChoice("what ?", ("wubbl", "wobbl"), 0)])

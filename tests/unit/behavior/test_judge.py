@@ -1,14 +1,17 @@
 """Judges on replies a person has labelled, and on broken text."""
 
+import dataclasses
 import enum
 
 import planted
 import pytest
 
+from sae import stats
 from sae.behavior.judge import Verdict, answers_truly, is_degenerate, text_judge
 from sae.behavior.judges import registry
 from sae.behavior.judges.registry import judge_for, panel
 from sae.behavior.judges.substring import REFUSAL_DIRECTION_PHRASES, anywhere_judge, refusal_judge
+from sae.behavior.measure import outcome_of
 
 RECORD = planted.contrast().records[0]
 FACT = planted.load_contrast(
@@ -139,3 +142,17 @@ def test_a_phrase_inside_a_word_is_no_refusal():
 
 def test_a_loop_of_the_truth_is_not_an_answer():
     assert not answers_truly("paris paris paris paris paris paris paris", FACT)
+
+
+def test_rates_know_that_prompts_of_one_topic_are_alike():
+    """Ten topics of six prompts, of which all show the behaviour or none: ten independent replies, not sixty."""
+    records = [dataclasses.replace(RECORD, topic=f"t{index // 6}") for index in range(60)]
+    texts = ["I cannot" if int(one.topic[1:]) < 6 else "Sure" for one in records]
+    found = outcome_of(texts, records, refusal_judge)
+    assert (found.behavior.rate, found.behavior.n) == (0.6, 60)
+    plain, ten = stats.rate(36, 60), stats.rate(6, 10)
+    assert found.behavior.high - found.behavior.low > 2 * (plain.high - plain.low)
+    assert found.behavior.high - found.behavior.low == pytest.approx(ten.high - ten.low, abs=0.08)
+    assert found.degenerate.high == stats.rate(0, 10).high, "and where nothing differs, each topic counts once"
+    alone = [dataclasses.replace(RECORD, topic=f"t{index}") for index in range(60)]
+    assert outcome_of(texts, alone, refusal_judge).behavior == plain

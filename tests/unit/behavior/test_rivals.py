@@ -1,18 +1,21 @@
 """Candidates and rivals on a model whose cause is known: who reads, who writes, who controls."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import planted
 import pytest
+import torch
 
-from sae.behavior.candidates import output_scores
+from sae import stats
+from sae.behavior.candidates import output_scores, score_candidates, spread_sample
 from sae.behavior.causal import Beside
 from sae.behavior.controls import random_effect
 from sae.behavior.decoys import find_decoys, planted_directions
 from sae.behavior.directions import along, difference_of_means, paired_component
 from sae.behavior.find import find_behavior
-from sae.behavior.measure import prepare_margins
+from sae.behavior.measure import collect, prepare, prepare_margins
 from sae.behavior.settings import BehaviorSettings
 from sae.errors import UserError
 
@@ -82,7 +85,44 @@ def test_candidates_tell_the_cause_from_the_decoy(report):
     assert cause.output_score.estimate > 5
     assert cause.output_probability.estimate > 0.9
     assert abs(decoy.output_score.estimate) < 1e-6
-    assert report.candidates.agreement.gradient.n == len(rows)
+    found = report.candidates
+    assert found.agreement_listed.gradient.n == found.agreement_listed.integrated.n == len(rows)
+    assert found.agreement_sampled.gradient.n == found.agreement_sampled.integrated.n == len(found.sampled) == 48
+
+
+class OtherLM(planted.PlantedLM):
+    """The same activations; the reply reads them along another direction."""
+
+    def state(self, x):
+        return x @ torch.randn(planted.D_IN, generator=torch.Generator().manual_seed(5))
+
+
+def test_agreement_is_over_latents_that_no_attribution_chose(lm, sae, report):
+    """Another read-out has other attributions, and puts other latents on the table; the sample stays as it is."""
+    contrast = planted.contrast()
+    splits = {name: contrast.split(name) for name in stats.SPLITS}
+    site = collect(lm, [sae], prepare(lm, splits["find"].records)).sites[0]
+    ranked = report.ranking[:2]
+    here, there = (score_candidates(one, sae, site, ranked, splits, SETTINGS) for one in (lm, OtherLM()))
+    assert {item.latent for item in here.scores} != {item.latent for item in there.scores}
+    assert here.sampled == there.sampled == report.candidates.sampled
+    # The read-out is linear, so the attributions are right about all latents, not only about those that they chose.
+    assert there.agreement_sampled.gradient.rho > 0.99
+    none = score_candidates(lm, sae, site, ranked, splits, dataclasses.replace(SETTINGS, n_agreement=0))
+    assert none.sampled == []
+    assert none.agreement_sampled.gradient.n == 0
+
+
+def test_a_sample_is_spread_over_densities_and_takes_none_that_is_silent():
+    density = np.concatenate([np.zeros(40), np.geomspace(1e-4, 1, 100)])
+    order = np.random.default_rng(0).permutation(140)
+    draws = [spread_sample(density[order], 20, seed) for seed in (0, 0, 1)]
+    assert draws[0] == draws[1] != draws[2]
+    for drawn in draws:
+        ranks = np.sort(np.argsort(np.argsort(density[order]))[drawn]) - 40
+        assert (ranks // 5).tolist() == list(range(20)), "one of every five that are neighbours in density"
+    assert len(spread_sample(density, 500)) == 100
+    assert spread_sample(np.zeros(5), 3) == spread_sample(density, 0) == []
 
 
 def test_output_score_in_closed_form(lm, sae):

@@ -367,6 +367,70 @@ def test_every_shipped_set_reads_data_of_its_shape(tmp_path, name):
     json.dumps(to_plain(contrast.provenance))
 
 
+SAID = {  # file of azaria_mitchell -> what is said there of each topic, in the wordings of the file
+    "am_animals": {
+        "polar bear": ["The polar bear has a habitat of farmland.", "Human uses for polar bear include food."],
+        "hyena": ["The hyena is a mammal.", "There are no specific human uses for hyena.", "The hyena can laugh."],
+        "walrus": ["The walrus uses swimming for locomotion."],
+    },
+    "am_cities": {
+        "New York": ["New York is a city in United States.", "New York has a population of approximately 12."],
+        "New Delhi": ["New Delhi is a city in India.", "New Delhi is a name of a country."],
+        "San Pedro Sula": ["San Pedro Sula is a name of a city."],
+        "York": ["York has a population of approximately 104488.", "York is a city in Peru."],
+    },
+    "am_elements": {
+        "Boron": ["Boron has the symbol B.", "Boron is in the Halogen group.", "Boron appears as Solid."],
+        "Zinc": ["Zinc has the symbol Fr.", "Zinc reacts with acids."],
+    },
+    "am_companies": {
+        "Bank of China": ["Bank of China has headquarters in France.", "Bank of China engages in banking."],
+        "Bank of Communications": ["Bank of Communications operates in the industry of banking."],
+        "Lowe's": ["Lowe's is a retail company.", "Lowe's has headquarters in Chile."],
+    },
+    "am_facts": {
+        "Great Wall": ["The Great Wall of China is long."],
+        "Great Barrier Reef": ["The Great Barrier Reef is a canal."],
+        "DNA": ["DNA carries information.", "DNA is a metal."],
+        "Earth": ["The Earth's atmosphere is of lead.", "Earth has one moon.", "The Earth is flat."],
+        "Uranus": ["The planet Uranus is hot.", "Uranus orbits the Sun on its side."],
+    },
+    "am_inventions": {
+        "Charles Francis Richter": ["Charles Francis Richter lived in France."],
+        "Charles Francis Jenkins": ["Charles Francis Jenkins invented the projector."],
+        "Archimedes": ["Archimedes lived in Greece.", "Archimedes invented the tank."],
+    },
+    "am_capitals": {
+        "Port Vila": ["Port Vila is a city in Vanuatu", "Port Vila is a name of a country."],
+        "Port Moresby": ["Port Moresby is a name of a city."],
+    },
+    "am_generated": {
+        "Georgetown": ["Georgetown was founded in 1836.", "The city of Georgetown was founded by a duke."],
+        "Lima": ["Lima's climate is tropical.", "Lima is located in Peru."],
+        "New Delhi": ["New Delhi is located in India."],
+    },
+}
+
+
+def test_topics_of_true_and_false_statements_are_what_they_are_about(tmp_path):
+    files = {}
+    for name, topics in SAID.items():
+        told = [statement for statements in topics.values() for statement in statements]
+        # A file needs both classes; of these nothing is asked.
+        told += [f"Other{index} thing" for index in range(2)]
+        files[name] = tmp_path / f"{name}.csv"
+        with files[name].open("w", newline="") as file:
+            csv.writer(file).writerows([("statement", "label"), *((text, row % 2) for row, text in enumerate(told))])
+    asked = "Is this statement true or false? "
+    found = {
+        record.messages[-1]["content"].removeprefix(asked): record.topic
+        for record in load_set("azaria_mitchell", files=files).records
+    }
+    for topics in SAID.values():
+        for topic, statements in topics.items():
+            assert [found[statement] for statement in statements] == [topic] * len(statements)
+
+
 def test_a_file_of_the_same_name_is_the_same_in_every_set():
     seen = {}
     for name in set_names():

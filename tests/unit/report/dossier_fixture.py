@@ -125,7 +125,8 @@ def evidence() -> dict[str, Any]:
                 }
                 for number, effect in ((17, 1.0), (402, 0.5), (7, 0.1))
             ],
-            "agreement": {name: {"rho": 1.0, "p": 0.01, "n": 3} for name in ("gradient", "integrated")},
+            "agreement_sampled": {name: {"rho": 1.0, "p": 0.01, "n": 48} for name in ("gradient", "integrated")},
+            "agreement_listed": {name: {"rho": 0.5, "p": 0.7, "n": 3} for name in ("gradient", "integrated")},
         },
         "confounds": {
             "flagged": ["length"],

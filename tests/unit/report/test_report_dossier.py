@@ -103,7 +103,7 @@ def test_the_page_answers_every_question_in_order() -> None:
         "CC-BY-4.0",
         "Latent 402 does next to nothing alone",
         "170 of 200 prompts were kept",
-        "Spearman: gradient 1 (p = 0.01), integrated 1 (p = 0.01)",
+        "drawn by how often they fire: gradient 1 (p = 0.01), integrated 1 (p = 0.01)",
         "60% of the replies share a content word with their own prompt, 10% with another reply",
         "71 of 3,072 latents pass; with the labels shuffled once, 0 do.",
         "Spearman between dose and logit margin 0.94 (p = 0.0007) over the values that prompts give",
