@@ -323,6 +323,34 @@ class SteerConfig:
 
 
 @dataclass
+class DecompositionConfig:
+    """Taking a small model's matrices apart (method=decomposition); checked by `DecompositionSettings`."""
+
+    folder: str = ""  # a finished decomposition of this model to use; "" makes one, for all behaviours of the run
+    components: int = 0  # of each matrix; 0: as many as its smaller side is long
+    gates: str = "shared"  # what says how components matter: shared (a network a matrix) | each (one a component)
+    hidden: int = 64  # width of these networks
+    steps: int = 1_000
+    batch: int = 8  # prompts a step
+    n_prompts: int = 256  # prompts of each class and contrast set that it is trained on, at most
+    lr: float = 3e-3
+    faithfulness: float = 10.0  # weights of the losses (docs/weights.md)
+    stochastic: float = 1.0
+    layerwise: float = 1.0
+    layerwise_matrices: int = 1  # matrices drawn for it a step
+    sparsity: float = 1e-3
+    p_start: float = 2.0  # power of the sparsity penalty, at the first step and at the last
+    p_end: float = 0.9
+    n_measured: int = 64  # components taken out one by one, those of the largest gradient
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "n_prompts", "n_measured"):
+            value = getattr(self, name)
+            _require(value >= 1, f"localize.decomposition.{name}={value} must be at least 1.")
+
+
+@dataclass
 class LocalizeConfig:
     """Finding the weights that carry the behaviours of `behavior.contrast`, and cutting them."""
 
@@ -344,6 +372,7 @@ class LocalizeConfig:
     threshold: float = 0.001  # planted parts count from this share of the behaviour's margin
     batch_prompts: int = 64  # prompts in one backward pass: memory grows with it
     save_weights: bool = False  # also write the scores of single weights: each method as large as the model in float32
+    decomposition: DecompositionConfig = field(default_factory=DecompositionConfig)
 
     def __post_init__(self) -> None:
         if self.mode not in ("", "zero", "mean", "restore"):

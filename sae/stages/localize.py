@@ -8,6 +8,7 @@ Each method's records and scores lie in `localize/<behavior>/<method>-<level>-s<
 as they are there: a method that is finished is not run again, whatever other methods are asked for later.
 """
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ from sae.report.progress import Progress
 from sae.report.terminal import summary_table
 from sae.stages import common
 from sae.stages.contrast import open_contrast, open_contrasts
+from sae.stages.decomposition import Decomposed, write_carriers
 from sae.weights.edit import Weights
 from sae.weights.findings import (
     MethodRow,
@@ -59,6 +61,7 @@ from sae.weights.objective import margin_objective, passage_of, reply_objective
 from sae.weights.surgery import Watch, Watched, harmless, prepare_watch
 
 STAGE_ONE = "stage_one"
+DECOMPOSITION = "decomposition"
 DIRECTION = "direction"  # the level of ActSVD's singular directions
 SHOWN = ("behavior", "method", "level", "auroc", "auprc", "base_rate", "decoy_share", "evaluations", "seed")
 CUT = (
@@ -85,6 +88,7 @@ class Site:
     planted: Truth | None
     folder: Path
     key: str
+    decomposed: Decomposed | None = None
     ready: Watch | None = None
 
     @property
@@ -96,6 +100,12 @@ class Site:
     def mode(self) -> str:
         """What cut weights become."""
         return self.options.mode or ("zero" if self.reference is None else "restore")
+
+    def key_of(self, method: str) -> str:
+        """What a method's record depends on."""
+        if method != DECOMPOSITION or self.decomposed is None:
+            return self.key
+        return sha256_json([self.key, self.decomposed.key])
 
     def watch(self) -> Watch:
         """What surgery is watched by."""
@@ -122,6 +132,8 @@ class Site:
             reply_objective(lm, other, self.matrices, batch), shown, other,
             prepare_margins(lm, due, batch), self.reference,
             ranks=(self.options.rank, self.options.rank), ig_steps=self.options.ig_steps, progress=progress,
+            decomposition=None if self.decomposed is None else functools.partial(self.decomposed.open, progress),
+            n_measured=self.options.decomposition.n_measured,
         )  # fmt: skip
 
 
@@ -183,13 +195,16 @@ def run(config: RunConfig) -> None:
         return
     rows: list[MethodRow] = []
     cuts: list[dict[str, Any]] = []
+    decomposed = Decomposed(options.decomposition, lm, matrices, sets, folder) if DECOMPOSITION in methods else None
     for name, contrast in sets.items():
         site = _site(config, lm, contrast, sets, matrices, reference.weights, planted, folder / name, inputs)
+        site.decomposed = decomposed
         with Progress(None, f"localize {name}", unit="step") as bar:
             for record in _records(site, methods, levels, bar):
                 rows += [MethodRow(**row) for row in record["methods"]]
                 cuts += record["surgery"]
     result = {"schema_version": 1, "methods": rows, "surgery": cuts, "seeds": seeds_rows(rows)}
+    result |= {"decomposition": None if decomposed is None else decomposed.evaluation()}
     result |= {"settings": options, "n_weights": sum(one.parameter.numel() for one in matrices)}
     write_json(folder / "result.json", result | {"wall_s": clock.seconds()})
     write_manifest(folder, "localize", options, inputs)
@@ -238,8 +253,9 @@ def _site(
         own |= set(BEHAVIORS) - set(sets)
     judges = {name: judge_for(name, common.ORGANISM if name in own else "") for name in others}
     behavior = contrast.behavior
-    # What a record depends on: everything but which methods and levels are asked for.
-    settings = {key: value for key, value in to_plain(config.localize).items() if key not in ("method", "level")}
+    # What a record depends on: everything but which methods and levels are asked for. `key_of` adds a method's own.
+    left_out = ("method", "level", DECOMPOSITION)
+    settings = {key: value for key, value in to_plain(config.localize).items() if key not in left_out}
     own_inputs = {name: value for name, value in inputs.items() if name not in sets or name == behavior}
     key = sha256_json([settings, config.behavior.max_new_tokens, own_inputs, sorted(others)])
     watched = {name: Watched(one, judges[name]) for name, one in others.items() if name != behavior}
@@ -263,7 +279,7 @@ def _records(site: Site, methods: list[str], levels: list[str], bar: Progress) -
                 if (level == DIRECTION and method != "act_svd") or not _reaches(method, level):
                     continue
                 path = site.folder / f"{method}-{level}-s{seed}.json"
-                if not site.config.force and path.is_file() and read_json(path)["key"] == site.key:
+                if not site.config.force and path.is_file() and read_json(path)["key"] == site.key_of(method):
                     yield read_json(path)
                     continue
                 problem = problem or site.problem(progress)
@@ -314,7 +330,9 @@ def _made(
             cuts.append(surgery_row(done, behavior, one.method, level, seed, site.mode))
     if tensors:
         write_tensors(path.with_suffix(".safetensors"), tensors)
-    record = {"schema_version": 1, "key": site.key, "methods": rows, "surgery": cuts}
+    if method == DECOMPOSITION and site.decomposed is not None:
+        write_carriers(site.folder, site.decomposed.folder, problem.carriers)
+    record = {"schema_version": 1, "key": site.key_of(method), "methods": rows, "surgery": cuts}
     record["parts"] = [part.label for part in found[0].parts] if found else []
     write_json(path, record)
     plain: dict[str, Any] = read_json(path)

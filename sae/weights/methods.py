@@ -7,7 +7,7 @@ the utility, too. `PART_METHODS` score parts by changing the weights and reading
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,8 @@ from sae.errors import UserError, unknown
 from sae.lm.matrices import Matrix, Part
 from sae.weights import attribution, differences, perturb
 from sae.weights.attribution import Direction, Scores
+from sae.weights.decomposition.carriers import Carrier, find_carriers, weight_scores
+from sae.weights.decomposition.components import Decomposition
 from sae.weights.edit import Weights
 from sae.weights.levels import aggregate
 from sae.weights.margins import MarginMetric
@@ -42,6 +44,9 @@ class Problem:
         ig_steps: points on the path of integrated gradients.
         task: the margin's prompts, for methods that evaluate it under changed weights.
         progress: told how far a method is.
+        decomposition: opens or makes the model's parameter decomposition, for the method of that name.
+        n_measured: components of it that are taken out one by one.
+        carriers: what that method found of components, by side.
     """
 
     lm: Any
@@ -55,6 +60,9 @@ class Problem:
     ranks: tuple[int, int] = (16, 16)
     ig_steps: int = attribution.IG_STEPS
     progress: Progress | None = None
+    decomposition: Callable[[], Decomposition] | None = None
+    n_measured: int = 64
+    carriers: dict[str, list[Carrier]] = field(default_factory=dict)
     extra_evaluations: float = 0.0  #: forwards that went through no objective
 
     @property
@@ -116,6 +124,20 @@ def _activation_difference(problem: Problem, side: str) -> Scores:
     return attribution.activation_difference(problem.lm, problem.passage(side), problem.matrices, _reference(problem))
 
 
+def _decomposition(problem: Problem, side: str) -> Scores:
+    if problem.decomposition is None:
+        raise UserError("method 'decomposition' needs the model's decomposition: give one as Problem.decomposition.")
+    made, objective = problem.decomposition(), problem.objective(side)
+    other = problem.passage(SIDES[1 - SIDES.index(side)])
+    found = find_carriers(
+        problem.lm, made, objective, problem.passage(side), other, problem.n_measured, problem.progress
+    )  # fmt: skip
+    problem.carriers[side] = found.components
+    # Its training is for every behaviour and side, but none can do without it.
+    problem.extra_evaluations += 2 + made.rows_run / len(objective)
+    return weight_scores(made, found, problem.matrices)
+
+
 def _reference(problem: Problem) -> Weights:
     if problem.reference is None:
         raise UserError("weight_difference and activation_difference need localize.reference=... to compare with.")
@@ -160,15 +182,17 @@ PARAMETER_METHODS: dict[str, ParameterMethod] = {
     "act_svd": _act_svd,
     "weight_difference": _weight_difference,
     "activation_difference": _activation_difference,
+    "decomposition": _decomposition,
 }
 ONE_SIDED = ("act_svd", "weight_difference")  #: these have no utility of their own to subtract
 NEED_REFERENCE = ("weight_difference", "activation_difference")
+EXPENSIVE = ("decomposition",)  #: asked for by name only
 CHANCE = "chance"
 PART_METHODS: dict[str, PartMethod] = {CHANCE: chance_parts} | {name: _perturbed(name) for name in perturb.METHODS}
 
 
 def chosen_methods(names: Sequence[str], has_reference: bool) -> list[str]:
-    """Return the methods that are asked for; "all" stands for all that can be run.
+    """Return the methods that are asked for; "all" stands for all that can be run but the expensive ones.
 
     Raises:
         UserError: an unknown name, or one that needs a reference where there is none.
@@ -177,7 +201,8 @@ def chosen_methods(names: Sequence[str], has_reference: bool) -> list[str]:
     found: list[str] = []
     for name in names:
         if name == "all":
-            found += [one for one in known if has_reference or one not in NEED_REFERENCE]
+            without = EXPENSIVE if has_reference else (*EXPENSIVE, *NEED_REFERENCE)
+            found += [one for one in known if one not in without]
         elif name not in known:
             raise unknown("method", name, ["all", *known])
         elif name in NEED_REFERENCE and not has_reference:

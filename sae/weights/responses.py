@@ -15,20 +15,26 @@ from sae.lm.matrices import Matrix
 from sae.weights.objective import Passage
 
 
+def owners(root: nn.Module, matrices: Sequence[Matrix]) -> Iterator[tuple[nn.Module, Matrix]]:
+    """Yield the module that multiplies by each matrix, inside any wrapper, with its matrix."""
+    wanted = {id(matrix.parameter): matrix for matrix in matrices}
+    for module in root.modules():
+        own = wanted.get(id(module._parameters.get("weight")))
+        if own is not None and not hasattr(module, "original_component"):
+            yield module, own
+
+
 @contextlib.contextmanager
 def _watched(lm: Any, matrices: Sequence[Matrix], see: Callable[[Matrix, Tensor], None]) -> Iterator[None]:
     """Context in which every matrix's input [batch pos d_in] is seen, with the bridge's wrappers or without."""
-    wanted = {id(matrix.parameter): matrix for matrix in matrices}
     handles = []
     try:
-        for module in lm.bridge.original_model.modules():
-            own = wanted.get(id(module._parameters.get("weight")))
-            if own is not None and not hasattr(module, "original_component"):
+        for module, own in owners(lm.bridge.original_model, matrices):
 
-                def look(_: nn.Module, given: Any, matrix: Matrix = own) -> None:
-                    see(matrix, given[0].detach())
+            def look(_: nn.Module, given: Any, matrix: Matrix = own) -> None:
+                see(matrix, given[0].detach())
 
-                handles.append(module.register_forward_pre_hook(look))
+            handles.append(module.register_forward_pre_hook(look))
         yield
     finally:
         for handle in handles:

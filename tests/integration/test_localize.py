@@ -1,6 +1,7 @@
 """`sae localize` from the command line: on the organism, with one more method later, and where nothing is planted."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -55,8 +56,34 @@ def test_a_model_without_planted_truth_and_its_base(sae, model, tmp_path):
     rows = result(sae, "m")["methods"]
     assert all(row["auroc"] is None and row["base_rate"] is None for row in rows)
     assert {row["level"] for row in rows} == {"parameter", "row", "neuron", "head", "direction"}
+    assert "decomposition" not in {row["method"] for row in rows}  # named only
     assert {"snip", "wanda_difference", "act_svd", "weight_difference", "chance"} <= {row["method"] for row in rows}
     assert result(sae, "m")["surgery"] == []
+
+
+def test_a_decomposition_is_made_once_for_all_behaviours(sae):
+    own = [f"localize.decomposition.{one}" for one in ("steps=3", "batch=4", "n_prompts=4", "hidden=4", "n_measured=3")]
+    given = ("name=d", "lm=organism", "contrast=[refusal,style]", *QUICK, "localize.surgery=false", *own)
+    status, _, err = sae("localize", *given, "method=[decomposition]", "level=[parameter,head]", defaults=False)
+    assert status == 0, err
+    found = result(sae, "d")
+    assert {(row["behavior"], row["method"], row["level"]) for row in found["methods"]} == {
+        (name, f"decomposition{end}", level)
+        for name in ("refusal", "style") for end in ("", "_set_difference", "_difference")
+        for level in ("parameter", "head")
+    }  # fmt: skip
+    assert all(0 < row["auprc"] < 1 for row in found["methods"])
+    assert found["decomposition"]["adversarial"] >= found["decomposition"]["stochastic"]
+    (made,) = (sae.folder / "d" / "localize").glob("decomposition-*")
+    listed = json.loads((sae.folder / "d" / "localize" / "refusal" / "decomposition.json").read_text())
+    assert Path(listed["decomposition"]).name == made.name
+    assert [one["effect"] is None for one in listed["behavior"][:4]] == [False] * 3 + [True]
+    written = (made / "components.safetensors").stat().st_mtime_ns
+    use = ("method=[decomposition]", "level=[row]", f"localize.decomposition.folder={made}")
+    status, _, err = sae("localize", *given, *use, defaults=False)
+    assert status == 0, err
+    assert (made / "components.safetensors").stat().st_mtime_ns == written
+    assert len(list((sae.folder / "d" / "localize").glob("decomposition-*"))) == 1
 
 
 @pytest.mark.parametrize(
@@ -68,6 +95,8 @@ def test_a_model_without_planted_truth_and_its_base(sae, model, tmp_path):
         (["localize.mode=restore"], "localize.reference"),
         (["localize.fractions=[2]"], "localize.fractions"),
         (["localize.mode=cut"], "'cut'"),
+        (["localize.decomposition.steps=0"], "localize.decomposition.steps"),
+        (["method=decomposition", "localize.decomposition.folder=nowhere"], "nowhere"),
     ],
 )
 def test_bad_options_are_one_sentence(sae, overrides, named):
