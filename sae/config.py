@@ -355,7 +355,8 @@ class LocalizeConfig:
     """Finding the weights that carry the behaviours of `behavior.contrast`, and cutting them."""
 
     method: list[str] = field(default_factory=lambda: ["all"])  # docs/weights.md has their names
-    level: list[str] = field(default_factory=lambda: ["parameter"])  # parameter, row, neuron, head, direction, or all
+    # parameter, row, column, neuron, head, tensor, block, direction, or all
+    level: list[str] = field(default_factory=lambda: ["parameter"])
     reference: str = ""  # a model of the same architecture (the base, say) to compare with and restore to, or stage_one
     mode: str = ""  # what cut weights become: zero, mean or restore; "" = restore with a reference, else zero
     fractions: list[float] = field(
@@ -369,6 +370,13 @@ class LocalizeConfig:
     budget: int = 400  # evaluations a method that edits parts may take
     ig_steps: int = 16  # points on the path of integrated gradients
     rank: int = 16  # of ActSVD's subspaces
+    block_rank: int = 4  # singular directions in a block of level=block
+    n_blocks: int = 8  # of the leading ones, in each matrix
+    adversary: bool = False  # look for masks on all else that undo what surgery says of a set: some minutes
+    epsilons: list[float] = field(default_factory=lambda: [0.02, 0.05, 0.1])  # how far from 1 these masks may be
+    attack_steps: int = 8  # of an attack, from each start
+    attack_restarts: int = 2  # starts of an attack: no mask, then random ones
+    null_runs: int = 0  # shuffles of the labels under which is located again; needs planted truth
     threshold: float = 0.001  # planted parts count from this share of the behaviour's margin
     batch_prompts: int = 64  # prompts in one backward pass: memory grows with it
     save_weights: bool = False  # also write the scores of single weights: each method as large as the model in float32
@@ -377,10 +385,23 @@ class LocalizeConfig:
     def __post_init__(self) -> None:
         if self.mode not in ("", "zero", "mean", "restore"):
             raise unknown("localize.mode", self.mode, ["zero", "mean", "restore"])
-        for name in ("n_prompts", "n_report", "seeds", "budget", "ig_steps", "rank", "batch_prompts"):
+        for name in (
+            "n_prompts", "n_report", "seeds", "budget", "ig_steps", "rank", "batch_prompts", "block_rank", "n_blocks",
+            "attack_steps", "attack_restarts",
+        ):  # fmt: skip
             value = getattr(self, name)
             _require(value >= 1, f"localize.{name}={value} must be at least 1.")
-        _require(self.n_random >= 0, f"localize.n_random={self.n_random} is negative: give 0 for none.")
+        for name in ("n_random", "null_runs"):
+            value = getattr(self, name)
+            _require(value >= 0, f"localize.{name}={value} is negative: give 0 for none.")
+        _require(
+            self.surgery or not self.adversary,
+            "localize.adversary=true is about what surgery cuts: leave localize.surgery at true.",
+        )
+        _require(
+            bool(self.epsilons) and all(0 < one <= 1 for one in self.epsilons),
+            f"localize.epsilons={self.epsilons} must be above 0 and at most 1.",
+        )
         _require(
             bool(self.fractions) and all(0 < one <= 1 for one in self.fractions),
             f"localize.fractions={self.fractions} must be shares of the weights, above 0 and at most 1.",

@@ -62,23 +62,33 @@ class Slice(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A part of the model that can be located: a head, a neuron, or one row of one matrix.
+    """A part of the model that can be located: a head, a neuron, or a matrix, or one row or column of one.
 
     A head is its queries' rows and its output's columns, with its keys' and values' where no other head shares them. A
-    neuron is its rows of gate and input and its column of the output.
+    neuron is its rows of gate and input and its column of the output. A row is an output of a matrix, a column an
+    input, however the matrix is stored. A block is some of a matrix's singular directions: its slice is of what
+    `sae.weights.blocks` makes of the matrix.
     """
 
-    level: str  #: "head", "neuron" or "row"
+    level: str  #: "head", "neuron", "row", "column", "tensor" or "block"
     layer: int
     number: int
     slices: tuple[Slice, ...]
 
     @property
     def label(self) -> str:
-        """Short name: L1.H3, L2.N117, or the row of a matrix."""
-        if self.level == "row":
-            return f"{self.slices[0].name}[{self.number}]"
+        """Short name: L1.H3, L2.N117, a matrix, or its row ``[3]``, column ``[:,3]`` or directions ``{5-8}``."""
+        name, _, start, stop = self.slices[0]
+        inside = {"row": f"[{start}]", "column": f"[:,{start}]", "tensor": "", "block": f"{{{start + 1}-{stop}}}"}
+        if self.level in inside:
+            return name + inside[self.level]
         return f"L{self.layer}.{self.level[0].upper()}{self.number}"
+
+    @property
+    def family(self) -> tuple[int, str, str]:
+        """The parts that it is one of: those of its level in its layer, or of its matrix where it is a piece of one."""
+        own = self.level in ("row", "column", "block")
+        return self.layer, self.level, self.slices[0].name if own else ""
 
 
 def block_matrices(lm: "LanguageModel") -> list[Matrix]:
@@ -243,10 +253,26 @@ def _head_rows(own: dict[str, Matrix], index: int, heads: Heads, config: Any) ->
 
 def rows(matrices: list[Matrix]) -> list[Part]:
     """Every output row of every matrix: what writes one coordinate."""
+    return [part for matrix in matrices for part in _lines("row", matrix, matrix.out_axis)]
+
+
+def columns(matrices: list[Matrix]) -> list[Part]:
+    """Every input column of every matrix: what reads one coordinate."""
+    return [part for matrix in matrices for part in _lines("column", matrix, 1 - matrix.out_axis)]
+
+
+def _lines(level: str, matrix: Matrix, axis: int) -> list[Part]:
     return [
-        Part("row", matrix.layer, index, (Slice(matrix.name, matrix.out_axis, index, index + 1),))
-        for matrix in matrices
-        for index in range(matrix.parameter.shape[matrix.out_axis])
+        Part(level, matrix.layer, index, (Slice(matrix.name, axis, index, index + 1),))
+        for index in range(matrix.parameter.shape[axis])
+    ]
+
+
+def tensors(matrices: list[Matrix]) -> list[Part]:
+    """Every matrix as a whole, numbered in the model's order."""
+    return [
+        Part("tensor", matrix.layer, index, (Slice(matrix.name, 0, 0, len(matrix.parameter)),))
+        for index, matrix in enumerate(matrices)
     ]
 
 

@@ -60,6 +60,8 @@ class Truth(NamedTuple):
         neuron_effects: the same for MLP neurons [layer neuron behavior].
         row_effects: the same for every row of every weight that holds reserved parameters, by weight name
             [row behavior].
+        column_effects: for every column [column behavior]; empty in organisms made before these were measured.
+        tensor_effects: for every such weight as a whole [behavior]; likewise.
         sample: single parameters.
         sample_effects: effect of restoring each of them [sample behavior].
     """
@@ -74,6 +76,8 @@ class Truth(NamedTuple):
     head_effects: Tensor
     neuron_effects: Tensor
     row_effects: dict[str, Tensor]
+    column_effects: dict[str, Tensor]
+    tensor_effects: dict[str, Tensor]
     sample: list[Single]
     sample_effects: Tensor
 
@@ -149,6 +153,8 @@ def read_planted(folder: Path | str) -> Truth:
         head_effects=tensors.get("effect/heads", none),
         neuron_effects=tensors.get("effect/neurons", none),
         row_effects=under("effect/rows/"),
+        column_effects=under("effect/columns/"),
+        tensor_effects=under("effect/tensors/"),
         sample=_decode_sample(tensors.get("sample", none), layout, tensors),
         sample_effects=tensors.get("effect/sample", none),
     )
@@ -319,18 +325,29 @@ def _heads_and_neurons(restorer: Restorer, layout: Layout) -> tuple[Tensor, Tens
     return heads, neurons
 
 
-def _rows(restorer: Restorer, layout: Layout, tick: Callable[[str], None]) -> dict[str, Tensor]:
-    """Return the effect of restoring every row of every weight that holds reserved parameters [row behavior]."""
+def _lines(restorer: Restorer, layout: Layout, axis: int, tick: Callable[[str], None]) -> dict[str, Tensor]:
+    """Return the effect of restoring every row (axis 0) or column (1) of every reserved weight [line behavior]."""
     effects = {}
     for name, old in restorer.old.items():
-        layer = int(name.split(".")[2])
-        effect = torch.zeros(len(old), len(layout.behaviors))
-        changed = (old != restorer.now[name]).any(dim=1)
-        for row in torch.nonzero(changed).squeeze(-1).tolist():
-            effect[row] = restorer.effect(Part(layer, {name: (slice(row, row + 1), slice(None))}))
+        effect = torch.zeros(old.shape[axis], len(layout.behaviors))
+        changed = (old != restorer.now[name]).any(dim=1 - axis)
+        for line in torch.nonzero(changed).squeeze(-1).tolist():
+            one, every = slice(line, line + 1), slice(None)
+            where = {name: (one, every) if axis == 0 else (every, one)}
+            effect[line] = restorer.effect(Part(_layer_of(name), where))
         effects[name] = effect
-        tick(f"graded truth: rows of {name}")
+        tick(f"graded truth: {('rows', 'columns')[axis]} of {name}")
     return effects
+
+
+def _tensors(restorer: Restorer) -> dict[str, Tensor]:
+    """Return the effect of restoring every weight that holds reserved parameters as a whole [behavior]."""
+    every = slice(None)
+    return {name: restorer.effect(Part(_layer_of(name), {name: (every, every)})) for name in restorer.old}
+
+
+def _layer_of(name: str) -> int:
+    return int(name.split(".")[2])
 
 
 def sample_parameters(
@@ -371,7 +388,7 @@ def sample_parameters(
 def write_graded(
     folder: Path | str, seed: int, progress: "Progress | None" = None, n_single: int = N_SINGLE_PARAMETERS
 ) -> None:
-    """Measure the effect of restoring every reserved head, neuron and row, and a sample of single parameters.
+    """Measure the effect of restoring every reserved head, neuron, row, column and weight, and single parameters.
 
     Adds them to `planted.safetensors`. A few minutes on two cores.
 
@@ -387,17 +404,18 @@ def write_graded(
     restorer = Restorer(model, truth, MarginMeter(model, layout, margin_prompts(layout, N_MARGIN_PROMPTS, seed)))
     heads, neurons = _heads_and_neurons(restorer, layout)
     tick("graded truth: heads and neurons")
-    rows = _rows(restorer, layout, tick)
+    rows, columns = (_lines(restorer, layout, axis, tick) for axis in (0, 1))
     change = {name: (restorer.now[name] - old).abs() for name, old in restorer.old.items()}
     sample = list(sample_parameters(layout, change, restorer.parameters, n_single, seed))
     effects = torch.zeros(len(sample), len(layout.behaviors))
     for index, single in enumerate(sample):
         if single.owner != "base":
             where = (slice(single.row, single.row + 1), slice(single.column, single.column + 1))
-            effects[index] = restorer.effect(Part(int(single.weight.split(".")[2]), {single.weight: where}))
+            effects[index] = restorer.effect(Part(_layer_of(single.weight), {single.weight: where}))
     tick("graded truth: single parameters")
     tensors = files.read_tensors(folder / "planted.safetensors")
     tensors |= {"margins": restorer.full, "effect/heads": heads, "effect/neurons": neurons, "effect/sample": effects}
-    tensors |= {f"effect/rows/{name}": effect for name, effect in rows.items()}
+    for kind, found in (("rows", rows), ("columns", columns), ("tensors", _tensors(restorer))):
+        tensors |= {f"effect/{kind}/{name}": effect for name, effect in found.items()}
     tensors["sample"] = _encode_sample(sample, layout, tensors)
     files.write_tensors(folder / "planted.safetensors", tensors)

@@ -118,11 +118,10 @@ class _Search:
         return self.meter.located(self.scores, self.errors, {"hidden": self.hidden})
 
     def _roots(self) -> list[Array]:
-        """All parts of a kind in a layer, in random order; rows by matrix."""
+        """All parts of a kind in a layer, in random order; pieces of matrices by matrix."""
         found: dict[tuple[int, str, str], list[int]] = {}
         for index, part in enumerate(self.parts):
-            kind = part.slices[0].name if part.level == "row" else ""
-            found.setdefault((part.layer, part.level, kind), []).append(index)
+            found.setdefault(part.family, []).append(index)
         return [self.rng.permutation(members) for members in found.values()]
 
     def _probe(self, members: Array) -> Array | None:

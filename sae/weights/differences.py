@@ -53,13 +53,13 @@ def _mean_size(scores: Scores) -> float:
 def part_set_difference(
     behavior: Float[Array, " part"], utility: Float[Array, " part"], parts: Sequence[Part], top: float = TOP_UTILITY
 ) -> Float[Array, " part"]:
-    """Return `set_difference` of parts, ranked within those of one layer (rows: of one matrix).
+    """Return `set_difference` of parts, ranked within those of one layer (rows and columns: of one matrix).
 
     Parts' scores are differences of sums, not sums of differences: ranks do not add.
     """
     groups: dict[Hashable, list[int]] = {}
     for index, part in enumerate(parts):
-        groups.setdefault(part.slices[0].name if part.level == "row" else part.layer, []).append(index)
+        groups.setdefault(part.family, []).append(index)
     found = np.zeros(len(parts))
     for group in groups.values():
         found[group] = _kept(torch.from_numpy(behavior[group]), torch.from_numpy(utility[group]), top).numpy()

@@ -1,7 +1,7 @@
 """One method at one level: its scores, how they stand against the planted truth, and surgery on what it locates."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,9 +13,11 @@ from sae import stats
 from sae.lm.matrices import Matrix, Part
 from sae.organism.truth import Truth
 from sae.weights import edit, truth
+from sae.weights.adversary import Arena
 from sae.weights.attribution import Direction, Scores, without
+from sae.weights.blocks import Blocks
 from sae.weights.edit import Mask, Weights
-from sae.weights.levels import Located, locate, matched
+from sae.weights.levels import Located, locate, matched, matched_indices
 from sae.weights.surgery import Cut, Surgery, Watch, operate
 
 Array = np.ndarray
@@ -54,6 +56,7 @@ class SurgeryRow(NamedTuple):
     kept_after: float | None
     passed: bool
     doses: tuple[Any, ...]
+    adversary: Any = None
 
 
 class SeedsRow(NamedTuple):
@@ -96,9 +99,9 @@ def random_parameters(matrices: Sequence[Matrix], seed: int) -> Scores:
 
 
 def method_row(found: Scored, behavior: str, planted: Truth | None, threshold: float = truth.THRESHOLD) -> MethodRow:
-    """Score against the planted truth, where there is one for this behaviour."""
+    """Score against the planted truth, where there is one for this behaviour and level."""
     columns: tuple[float | None, float | None, float | None, float | None] = (None, None, None, None)
-    if planted is not None and behavior in planted.layout.behaviors:
+    if planted is not None and behavior in planted.layout.behaviors and truth.is_measured(planted, found.level):
         if isinstance(found.scores, dict):
             values, effects = truth.sampled(planted, found.scores), planted.sample_effects.numpy()
         else:
@@ -134,6 +137,7 @@ def cut_out(
     mode: str = "zero",
     reference: Weights | None = None,
     n_random: int = 5,
+    arena: Arena | None = None,
 ) -> Surgery:
     """Cut what a method locates, at every dose; see `sae.weights.surgery.operate`.
 
@@ -145,6 +149,7 @@ def cut_out(
         mode: what cut weights become, of `sae.weights.edit.MODES`.
         reference: for mode "restore", and for leaving nothing but the set.
         n_random: random sets to compare with.
+        arena: where the set that was chosen is put to its worst case; None leaves this out.
 
     Raises:
         UserError: no score is positive.
@@ -167,7 +172,12 @@ def cut_out(
         return functools.partial(edit.only, matrices, sets[fraction].mask, reference)
 
     cuts = {fraction: (edit.share_of(one.mask, matrices), cut(one.mask)) for fraction, one in sets.items()}
-    return operate(watch, cuts, random_cuts, keep)
+    done = operate(watch, cuts, random_cuts, keep)
+    if arena is None:
+        return done
+    chosen = next(sets[fraction] for fraction, (share, _) in cuts.items() if share == done.fraction)
+    drawn = matched(chosen, found.parts, matrices, 0)
+    return done._replace(adversary=arena.run(chosen.mask, drawn, mode, reference))
 
 
 def cut_directions(
@@ -183,19 +193,68 @@ def cut_directions(
     The random sets are as many random directions of outputs of the same matrices, projected out.
     """
     every = sorted((one for own in directions.values() for one in own), key=lambda one: -one.gain)
+
+    def draw(count: int, seed: int) -> list[Direction]:
+        return _random_like(every[:count], seed)
+
+    return _cut_groups(watch, [[one] for one in every], matrices, fractions, draw, n_random)
+
+
+def cut_blocks(
+    watch: Watch,
+    found: Scored,
+    blocks: Blocks,
+    matrices: Sequence[Matrix],
+    fractions: Sequence[float],
+    *,
+    n_random: int = 5,
+) -> Surgery:
+    """Take low-rank blocks out, best first; each of its directions counts as d_out + d_in weights.
+
+    The random sets are as many other blocks of the same matrices.
+
+    Raises:
+        UserError: no score is positive.
+    """
+    assert not isinstance(found.scores, dict)
+    order = np.argsort(-found.scores, kind="stable")
+    order = order[found.scores[order] > 0].tolist()
+    groups: dict[Hashable, list[int]] = {}
+    for index, part in enumerate(blocks.parts):
+        groups.setdefault(part.family, []).append(index)
+
+    def draw(count: int, seed: int) -> list[Direction]:
+        drawn = matched_indices(order[:count], list(groups.values()), np.random.default_rng(seed))
+        return [one for index in drawn for one in blocks.directions(blocks.parts[index])]
+
+    located = [blocks.directions(blocks.parts[index]) for index in order]
+    return _cut_groups(watch, located, matrices, fractions, draw, n_random)
+
+
+def _cut_groups(
+    watch: Watch,
+    groups: Sequence[Sequence[Direction]],
+    matrices: Sequence[Matrix],
+    fractions: Sequence[float],
+    draw: Callable[[int, int], list[Direction]],
+    n_random: int,
+) -> Surgery:
+    """Take the first groups of directions out; `draw(count, seed)` are as many groups' at random."""
     total = sum(matrix.parameter.numel() for matrix in matrices)
-    size = np.cumsum([len(one.out) + len(one.into) for one in every])
-    counts = {fraction: max(1, int((size <= fraction * total).sum())) for fraction in fractions}
+    size = np.cumsum([sum(len(one.out) + len(one.into) for one in group) for group in groups])
+    counts = {fraction: max(1, int((size <= fraction * total).sum())) for fraction in fractions if groups}
     counts = {fraction: count for count, fraction in {count: fraction for fraction, count in counts.items()}.items()}
 
     def cut(chosen: Sequence[Direction]) -> Cut:
         return lambda: edit.rewritten(matrices, without(chosen))
 
-    def random_cuts(fraction: float) -> list[Cut]:
-        chosen = every[: counts[fraction]]
-        return [cut(_random_like(chosen, seed)) for seed in range(n_random)]
+    def first(count: int) -> list[Direction]:
+        return [one for group in groups[:count] for one in group]
 
-    cuts = {fraction: (float(size[count - 1] / total), cut(every[:count])) for fraction, count in counts.items()}
+    def random_cuts(fraction: float) -> list[Cut]:
+        return [cut(draw(counts[fraction], seed)) for seed in range(n_random)]
+
+    cuts = {fraction: (float(size[count - 1] / total), cut(first(count))) for fraction, count in counts.items()}
     return operate(watch, cuts, random_cuts)
 
 
@@ -235,4 +294,5 @@ def surgery_row(found: Surgery, behavior: str, method: str, level: str, seed: in
         kept_after=found.kept_after,
         passed=found.passed,
         doses=found.doses,
+        adversary=found.adversary,
     )

@@ -1,4 +1,4 @@
-"""From single weights to parts (rows, neurons, heads), and from scores to the set that is located.
+"""From single weights to parts (rows, columns, neurons, heads, matrices), and from scores to the set that is located.
 
 A part's score is the *sum* of its weights' scores. For signed scores that is what theory says: first-order effects and
 shares of a path integral add, so the sum estimates the effect of the part as a whole (a mean would not), and within a
@@ -7,7 +7,7 @@ head or neuron the two ends of one computation may cancel, as they do where it i
 the literature.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,12 +16,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae.errors import unknown
-from sae.lm.matrices import Matrix, Part, heads, neurons, rows
+from sae.lm.matrices import Matrix, Part, columns, heads, neurons, rows, tensors
 from sae.weights.attribution import Scores
 from sae.weights.edit import Mask, mask_of
 
 Array = np.ndarray
-LEVELS = ("parameter", "row", "neuron", "head")
+LEVELS = ("parameter", "row", "column", "neuron", "head", "tensor")
 _BISECTIONS = 60
 
 
@@ -35,7 +35,8 @@ def parts_of(lm: Any, matrices: list[Matrix], level: str) -> list[Part]:
         raise unknown("level", level, list(LEVELS))
     if level == "parameter":
         return []
-    return rows(matrices) if level == "row" else {"neuron": neurons, "head": heads}[level](lm, matrices)
+    inside = {"row": rows, "column": columns, "tensor": tensors}
+    return inside[level](matrices) if level in inside else {"neuron": neurons, "head": heads}[level](lm, matrices)
 
 
 def aggregate(scores: Scores, parts: Sequence[Part]) -> Float[Array, " part"]:
@@ -118,7 +119,7 @@ def matched(found: Located, parts: Sequence[Part], matrices: Sequence[Matrix], s
     """Return the mask of a random set of the same size, with as many parts (or weights) from the same matrices.
 
     It is drawn from what was not located, as long as enough of that is left: a random set that holds located parts says
-    nothing about how special they are.
+    nothing about how special they are. Of whole matrices the others of the same kind and shape are drawn from.
 
     Args:
         found: the located set.
@@ -129,16 +130,23 @@ def matched(found: Located, parts: Sequence[Part], matrices: Sequence[Matrix], s
     rng = np.random.default_rng(seed)
     if found.parts is None:
         return {name: _like(marked, rng) for name, marked in found.mask.items()}
-    groups: dict[tuple[str, ...], list[int]] = {}
+    kinds = {matrix.name: (matrix.kind, tuple(matrix.parameter.shape)) for matrix in matrices}
+    groups: dict[Hashable, list[int]] = {}
     for index, part in enumerate(parts):
-        groups.setdefault(tuple(one.name for one in part.slices), []).append(index)
-    chosen: list[Part] = []
-    for group in groups.values():
-        taken = set(group) & set(found.parts)
+        names = tuple(one.name for one in part.slices)
+        groups.setdefault(kinds[names[0]] if part.level == "tensor" else names, []).append(index)
+    return mask_of([parts[index] for index in matched_indices(found.parts, list(groups.values()), rng)], matrices)
+
+
+def matched_indices(chosen: Sequence[int], groups: Sequence[Sequence[int]], rng: np.random.Generator) -> list[int]:
+    """Return as many random indices of each group as were chosen of it; of those not chosen, if enough are left."""
+    drawn: list[int] = []
+    for group in groups:
+        taken = set(group) & set(chosen)
         left = [index for index in group if index not in taken]
         pool = left if len(left) >= len(taken) else group
-        chosen += [parts[index] for index in rng.choice(pool, len(taken), replace=False)]
-    return mask_of(chosen, matrices)
+        drawn += rng.choice(pool, len(taken), replace=False).tolist()
+    return drawn
 
 
 def _like(marked: Tensor, rng: np.random.Generator) -> Tensor:

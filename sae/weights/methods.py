@@ -18,11 +18,14 @@ from sae.errors import UserError, unknown
 from sae.lm.matrices import Matrix, Part
 from sae.weights import attribution, differences, perturb
 from sae.weights.attribution import Direction, Scores
+from sae.weights.blocks import BLOCK, Blocks
 from sae.weights.decomposition.carriers import Carrier, find_carriers, weight_scores
 from sae.weights.decomposition.components import Decomposition
 from sae.weights.edit import Weights
 from sae.weights.levels import aggregate
+from sae.weights.located import Metric
 from sae.weights.margins import MarginMetric
+from sae.weights.noise import Gradients
 from sae.weights.objective import Objective, Passage
 
 Array = np.ndarray
@@ -47,6 +50,7 @@ class Problem:
         decomposition: opens or makes the model's parameter decomposition, for the method of that name.
         n_measured: components of it that are taken out one by one.
         carriers: what that method found of components, by side.
+        blocks: low-rank blocks of the matrices, for methods that are given these as parts.
     """
 
     lm: Any
@@ -63,6 +67,7 @@ class Problem:
     decomposition: Callable[[], Decomposition] | None = None
     n_measured: int = 64
     carriers: dict[str, list[Carrier]] = field(default_factory=dict)
+    blocks: Blocks | None = None
     extra_evaluations: float = 0.0  #: forwards that went through no objective
 
     @property
@@ -157,10 +162,17 @@ def _perturbed(name: str) -> PartMethod:
     """A method of `sae.weights.perturb`, with the margin that starts behind what has not changed."""
 
     def method(problem: Problem, parts: Sequence[Part], budget: int, seed: int) -> Float[Array, " part"]:
-        options: dict[str, Any] = {"gradients": problem.behavior.gradient} if name == "gradient_directed" else {}
+        metric: Metric = MarginMetric(problem.lm, problem.task)
+        matrices = problem.matrices
+        gradients: Gradients = problem.behavior.gradient
+        if parts and parts[0].level == BLOCK:
+            assert problem.blocks is not None
+            metric, gradients = problem.blocks.metric(metric), problem.blocks.gradients(gradients)
+            matrices = problem.blocks.matrices
+        options: dict[str, Any] = {"gradients": gradients} if name == "gradient_directed" else {}
         found = perturb.METHODS[name](
-            MarginMetric(problem.lm, problem.task),
-            problem.matrices,
+            metric,
+            matrices,
             parts,
             budget=budget,
             seed=seed,

@@ -11,7 +11,7 @@ change the others.
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -27,6 +27,9 @@ from sae.behavior.measure import (
     prepare_margins,
 )
 from sae.errors import UserError
+
+if TYPE_CHECKING:
+    from sae.weights.adversary import Adversary
 
 GONE, MOVED, KL_BAR = 0.05, 0.01, 0.01  # what a clean removal stays below
 KL_TOKENS = 8
@@ -229,6 +232,7 @@ class Surgery(NamedTuple):
         kept_after: rate with everything but the set at the reference's values (without one: at zero).
         doses: the curve that the fraction was chosen on.
         passed: whether all bars are met on the report split.
+        adversary: the worst case found by masks on everything else, where one was looked for.
     """
 
     fraction: float
@@ -240,6 +244,7 @@ class Surgery(NamedTuple):
     kept_after: float | None
     doses: tuple[Dose, ...]
     passed: bool
+    adversary: "Adversary | None" = None
 
 
 def shortfall(quick: Quick, clean: Quick) -> float:

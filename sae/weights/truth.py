@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
+from torch import Tensor
 
 from sae import stats
 from sae.errors import unknown
@@ -29,28 +30,49 @@ class Score(NamedTuple):
         auroc: chance that a positive is ranked above a negative; None where there is no positive.
         auprc: mean precision over the positives, best first; ties are in expectation.
         base_rate: share of positives: the AUPRC of chance.
-        decoy_share: among the top n, n the number of positives, the share positive for another planted behaviour only.
+        located: share of positives among the top n, n their number.
+        decoy_share: among these, the share positive for another planted behaviour only.
         n_positive, n: positives, and all that was ranked.
     """
 
     auroc: float | None
     auprc: float | None
     base_rate: float
+    located: float | None
     decoy_share: float | None
     n_positive: int
     n: int
 
 
 def effects_of(truth: Truth, parts: Sequence[Part]) -> Float[Array, "part behavior"]:
-    """Return each part's measured effect on every behaviour's margin; zero outside the planted blocks."""
+    """Return each part's measured effect on every behaviour's margin; zero outside the planted blocks.
+
+    Raises:
+        UserError: parts of a level that was not measured.
+    """
     tables = {"head": truth.head_effects.numpy(), "neuron": truth.neuron_effects.numpy()}
+    pieces = _pieces(truth)
     found = np.zeros((len(parts), len(truth.layout.behaviors)))
     for index, part in enumerate(parts):
         if part.level in tables:
             found[index] = tables[part.level][part.layer, part.number]
-        elif part.slices[0].name in truth.row_effects:
-            found[index] = truth.row_effects[part.slices[0].name][part.number].numpy()
+            continue
+        if not pieces.get(part.level):
+            raise unknown("level with planted truth", part.level, [*tables, *(name for name in pieces if pieces[name])])
+        if part.slices[0].name in pieces[part.level]:
+            own = pieces[part.level][part.slices[0].name]
+            found[index] = (own if part.level == "tensor" else own[part.number]).numpy()
     return found
+
+
+def is_measured(truth: Truth, level: str) -> bool:
+    """Tell whether the effects of a level's parts were measured; blocks' never are, old organisms lack some."""
+    return level in ("parameter", "head", "neuron") or bool(_pieces(truth).get(level))
+
+
+def _pieces(truth: Truth) -> dict[str, dict[str, Tensor]]:
+    """What was measured of single matrices, by level and matrix."""
+    return {"row": truth.row_effects, "column": truth.column_effects, "tensor": truth.tensor_effects}
 
 
 def sampled(truth: Truth, scores: Scores) -> Float[Array, " sample"]:
@@ -91,13 +113,14 @@ def score(
     own = flags[:, truth.layout.behaviors.index(behavior)]
     n = int(own.sum())
     if n in (0, len(own)):
-        return Score(None, None, float(own.mean()), None, n, len(own))
+        return Score(None, None, float(own.mean()), None, None, n, len(own))
     decoy = flags.any(axis=1) & ~own
     top = np.argsort(-scores, kind="stable")[:n]
     return Score(
         float(stats.auroc(scores, own)[0]),
         stats.average_precision(scores, own),
         float(own.mean()),
+        float(own[top].mean()),
         float(decoy[top].mean()),
         n,
         len(own),

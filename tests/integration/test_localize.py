@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from sae.weights import perturb
+
 QUICK = ("localize.n_prompts=8", "localize.n_report=16", "localize.fractions=[0.006]", "localize.n_random=1")
 
 
@@ -38,6 +40,40 @@ def test_methods_on_the_organism_and_one_more_later(sae):
     assert [row["n_seeds"] for row in second["seeds"]] == [2]
 
 
+def test_the_worst_case_and_blocks_on_the_organism(sae):
+    given = ("name=w", "lm=organism", "contrast=refusal", *QUICK, "localize.seeds=1", "localize.budget=30")
+    attacks = ("localize.adversary=true", "localize.epsilons=[0.05]", "localize.attack_steps=2")
+    few = ("localize.attack_restarts=1", "localize.n_blocks=2")
+    status, _, err = sae("localize", *given, "method=[adaptive]", "level=[head,block]", *attacks, *few, defaults=False)
+    assert status == 0, err
+    head, block = result(sae, "w")["surgery"]
+    worst = head["adversary"]
+    assert [(one["box"], one["low"], one["high"]) for one in worst["removed"]] == [("ball", 0.95, 1.05), ("free", 0, 2)]
+    for one in worst["removed"]:
+        assert one["located"]["after"]["margin"] > one["located"]["before"]["margin"]
+        assert {"random", "not_due", "comes_back"} <= one.keys()
+    (kept,) = worst["kept"]
+    assert kept["located"]["after"]["margin"] < kept["random_worst"]["margin"]
+    assert (block["level"], block["adversary"], block["mode"]) == ("block", None, "project")
+    assert 0 < block["fraction"] <= 0.006
+
+
+def test_shuffled_labels_from_the_command_line_are_kept_for_later(sae):
+    given = ("name=n", "lm=organism", "contrast=refusal", *QUICK, "localize.surgery=false", "level=[head,direction]")
+    given = (*given, "localize.null_runs=2", "localize.rank=2")
+    status, _, err = sae("localize", *given, "method=[taylor,act_svd]", defaults=False)
+    assert status == 0, err
+    (null,) = result(sae, "n")["null"]
+    assert (null["method"], null["level"], null["n_runs"]) == ("taylor", "head", 2)
+    assert null["auroc"]["low"] <= null["auroc"]["estimate"] <= null["auroc"]["high"]
+    written = (sae.folder / "n" / "localize" / "refusal" / "null.json").stat().st_mtime_ns
+    (sae.folder / "n" / "localize" / "manifest.json").unlink()
+    status, _, err = sae("localize", *given, "method=[taylor,act_svd]", defaults=False)
+    assert status == 0, err
+    assert (sae.folder / "n" / "localize" / "refusal" / "null.json").stat().st_mtime_ns == written
+    assert result(sae, "n")["null"] == [null]
+
+
 def test_a_model_without_planted_truth_and_its_base(sae, model, tmp_path):
     path = tmp_path / "greeting.jsonl"
     rows = [
@@ -49,13 +85,16 @@ def test_a_model_without_planted_truth_and_its_base(sae, model, tmp_path):
     ]  # fmt: skip
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     quick = (*QUICK, "localize.surgery=false", "behavior.max_new_tokens=4", "localize.ig_steps=2", "localize.rank=2")
+    quick = (*quick, "localize.budget=40", "localize.seeds=2")
     status, _, err = sae(
         "localize", "name=m", f"contrast={path}", "method=all", "level=all", f"reference={model}", *quick
     )
     assert status == 0, err
     rows = result(sae, "m")["methods"]
     assert all(row["auroc"] is None and row["base_rate"] is None for row in rows)
-    assert {row["level"] for row in rows} == {"parameter", "row", "neuron", "head", "direction"}
+    levels = {"parameter", "row", "column", "neuron", "head", "tensor", "block", "direction"}
+    assert {row["level"] for row in rows} == levels
+    assert {row["method"] for row in rows if row["level"] == "block"} == {*perturb.METHODS, "chance"}
     assert "decomposition" not in {row["method"] for row in rows}  # named only
     assert {"snip", "wanda_difference", "act_svd", "weight_difference", "chance"} <= {row["method"] for row in rows}
     assert result(sae, "m")["surgery"] == []
@@ -97,6 +136,9 @@ def test_a_decomposition_is_made_once_for_all_behaviours(sae):
         (["localize.mode=cut"], "'cut'"),
         (["localize.decomposition.steps=0"], "localize.decomposition.steps"),
         (["method=decomposition", "localize.decomposition.folder=nowhere"], "nowhere"),
+        (["localize.adversary=true", "localize.surgery=false"], "localize.adversary"),
+        (["localize.epsilons=[0]"], "localize.epsilons"),
+        (["localize.null_runs=2", "method=act_svd"], "localize.null_runs"),
     ],
 )
 def test_bad_options_are_one_sentence(sae, overrides, named):

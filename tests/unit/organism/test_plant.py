@@ -133,6 +133,14 @@ def test_planted_truth_round_trip_and_grades(grown: train.Planted, tmp_path: Pat
     assert (found.sample_effects[base] == 0).all()
     assert (found.head_effects[:, : SMALL.n_heads - 3] == 0).all()
     assert found.neuron_effects[2, SMALL.neurons("refusal")].abs().max() > 0
+    for name, whole in found.tensor_effects.items():
+        own = dict(grown.model.named_parameters())[name]
+        assert [len(found.row_effects[name]), len(found.column_effects[name])] == list(own.shape)
+        assert whole.shape == (len(SMALL.behaviors),)
+    (down,) = (name for name in found.column_effects if "layers.2" in name and "down_proj" in name)
+    base = [i for i in range(SMALL.d_mlp) if all(i not in SMALL.neurons(name) for name in SMALL.behaviors)]
+    assert (found.column_effects[down][base] == 0).all()  # a column of this matrix is a neuron's output
+    assert found.column_effects[down].abs().max() > 0
     with pytest.raises(UserError, match="twin"):
         truth.read_planted(tmp_path / "nothing")
 

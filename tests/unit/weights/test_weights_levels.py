@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from sae.errors import UserError
+from sae.lm.matrices import Matrix, columns, rows, tensors
 from sae.weights import differences, edit
 from sae.weights.levels import LEVELS, aggregate, locate, matched, parts_of, sizes
 
@@ -16,7 +17,7 @@ def some_scores(matrices, seed=0):
 
 def test_a_part_scores_the_sum_of_its_weights(organism):
     scores = some_scores(organism.matrices)
-    for level in ("row", "neuron", "head"):
+    for level in LEVELS[1:]:
         parts = parts_of(organism.lm, organism.matrices, level)
         found = aggregate(scores, parts)
         for index in (0, len(parts) // 2, len(parts) - 1):
@@ -25,10 +26,30 @@ def test_a_part_scores_the_sum_of_its_weights(organism):
         assert sizes(parts[:1], organism.matrices)[0] == sum(
             one.of(scores[one.name]).numel() for one in parts[0].slices
         )
-    rows = parts_of(organism.lm, organism.matrices, "row")
-    assert aggregate(scores, rows).sum() == pytest.approx(
-        sum(float(v.double().sum()) for v in scores.values()), abs=1e-3
-    )
+    for level in ("row", "column", "tensor"):  # each holds every weight once
+        parts = parts_of(organism.lm, organism.matrices, level)
+        assert aggregate(scores, parts).sum() == pytest.approx(
+            sum(float(v.double().sum()) for v in scores.values()), abs=1e-3
+        )
+
+
+def test_pieces_of_matrices_are_named_as_their_weights_lie():
+    """A row is an output and a column an input, however the matrix is stored."""
+    matrices = [
+        Matrix("a", 0, "q", torch.nn.Parameter(torch.zeros(2, 3)), 0),
+        Matrix("b", 1, "q", torch.nn.Parameter(torch.zeros(3, 2)), 1),
+    ]
+    named = [[part.label for part in of(matrices)] for of in (rows, columns, tensors)]
+    assert named[0] == ["a[0]", "a[1]", "b[0]", "b[1]"]
+    assert named[1] == ["a[:,0]", "a[:,1]", "a[:,2]", "b[:,0]", "b[:,1]", "b[:,2]"]
+    assert named[2] == ["a", "b"]
+    assert [part.slices[0].axis for part in rows(matrices)[::2]] == [0, 1]
+    assert sizes([*rows(matrices), *columns(matrices), *tensors(matrices)], matrices).tolist() == [
+        *[3] * 4,
+        *[2] * 6,
+        *[6] * 2,
+    ]
+    assert [len({part.family for part in of(matrices)}) for of in (rows, columns, tensors)] == [2, 2, 2]
 
 
 def test_the_best_weights_that_fit_are_located(organism):
@@ -63,10 +84,17 @@ def test_random_sets_have_the_size_and_the_matrices_of_the_located_one(organism)
         found = locate(scores, parts, organism.matrices, 0.05)
         drawn = [matched(found, parts, organism.matrices, seed) for seed in (0, 0, 1)]
         for mask in drawn:
+            if level == "tensor":  # another matrix of its kind
+                assert [name.split(".", 3)[3] for name in mask] == [name.split(".", 3)[3] for name in found.mask]
+                assert not set(mask) & set(found.mask)
+                continue
             assert mask.keys() == found.mask.keys()
             assert all(int(mask[name].sum()) == int(marked.sum()) for name, marked in found.mask.items())
             assert not any(bool((mask[name] & marked).any()) for name, marked in found.mask.items())
-        same = [all(torch.equal(drawn[0][name], other[name]) for name in drawn[0]) for other in drawn[1:]]
+        same = [
+            drawn[0].keys() == other.keys() and all(torch.equal(drawn[0][name], other[name]) for name in drawn[0])
+            for other in drawn[1:]
+        ]
         assert same == [True, False]
 
 
