@@ -5,8 +5,8 @@
 
 Appends a line for every method, behaviour and seed to the file, and prints the table of all that is in it. Scores are
 judged by AUROC among all heads, and among all neurons, against the planted truth: positive are parts whose return to
-their values before planting takes more than 1% off the behaviour's margin. Prompts and draws change with the seed. The
-method `each` takes every part away by itself, whatever the budget.
+their values before planting takes more than 1% off the behaviour's margin (and, in the last column, more than 0.1%).
+Prompts and draws change with the seed. The method `each` takes every part away by itself, whatever the budget.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from sae.weights.objective import margin_objective
 from sae.weights.perturb import METHODS
 from sae.weights.truth import effects_of, positives
 
-SHARE = 0.01  # of the margin
+SHARES = (0.01, 0.001)  # of the margin
 COLUMNS = (100, 250, 500, 1000, 2000)
 
 
@@ -64,13 +64,14 @@ def run(args):
                 )
                 seconds = time.perf_counter() - start
                 number = planted.layout.behaviors.index(behavior)
-                positive = positives(effects_of(planted, parts), planted, SHARE)[:, number]
+                effects = effects_of(planted, parts)
+                truths = [positives(effects, planted, share)[:, number] for share in SHARES]
                 record = {"method": method, "behavior": behavior, "seed": seed, "seconds": seconds, "curve": []}
                 for point in found.curve:
-                    areas = []
-                    for level in levels:
-                        own = np.array([part.level == level for part in parts])
-                        areas.append(float(stats.auroc(point.scores[own], positive[own])[0]))
+                    owns = [np.array([part.level == level for part in parts]) for level in levels]
+                    areas = [
+                        float(stats.auroc(point.scores[own], positive[own])[0]) for positive in truths for own in owns
+                    ]
                     record["curve"].append([point.evaluations, *areas])
                 with args.out.open("a") as file:
                     file.write(json.dumps(record) + "\n")
@@ -78,10 +79,10 @@ def run(args):
 
 
 def table(path):
-    """Print mean AUROC over seeds for each method, behaviour and level, at the last snapshot before some numbers."""
+    """Print mean AUROC over seeds [least, most] by method, behaviour and level, at the snapshots before some numbers."""
     records = [json.loads(line) for line in path.read_text().splitlines()]
-    print(f"| method | behaviour | parts | seeds | {' | '.join(map(str, COLUMNS))} | most |")
-    print("|" + " --- |" * (len(COLUMNS) + 5))
+    print(f"| method | behaviour | parts | seeds | {' | '.join(map(str, COLUMNS))} | last | last, above 0.1% |")
+    print("|" + " --- |" * (len(COLUMNS) + 6))
     for method, behavior in dict.fromkeys((one["method"], one["behavior"]) for one in records):
         curves = [one["curve"] for one in records if (one["method"], one["behavior"]) == (method, behavior)]
         for column, level in ((1, "heads"), (2, "neurons")):
@@ -90,9 +91,20 @@ def table(path):
                 reached = [[point for point in curve if point[0] <= limit] for curve in curves]
                 near = all(curve[-1][0] >= 0.99 * limit for curve in curves)  # no figure where a run stopped earlier
                 at = [points[-1][column] for points in reached if points]
-                cells.append(f"{np.mean(at):.3f}" if near and at else "")
-            most = f"{np.mean([curve[-1][column] for curve in curves]):.3f} at {curves[0][-1][0]}"
-            print(f"| {method} | {behavior} | {level} | {len(curves)} | {' | '.join(cells)} | {most} |")
+                cells.append(_cell(at) if near and at else "")
+            last = [curve[-1] for curve in curves]
+            most = f"{_cell([point[column] for point in last])} at {last[0][0]}"
+            smaller = _cell([point[column + 2] for point in last if len(point) > 4])
+            print(f"| {method} | {behavior} | {level} | {len(curves)} | {' | '.join(cells)} | {most} | {smaller} |")
+
+
+def _cell(values):
+    """Mean, and over several seeds the least and the most."""
+    if not values:
+        return ""
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
+    return f"{np.mean(values):.3f} [{min(values):.3f}, {max(values):.3f}]"
 
 
 def main():
