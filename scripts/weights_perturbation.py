@@ -79,7 +79,7 @@ def run(args):
 
 
 def table(path):
-    """Print mean AUROC over seeds [least, most] by method, behaviour and level, at the snapshots before some numbers."""
+    """Print mean AUROC over seeds [least, most] by method, behaviour and level, at the snapshots up to some numbers."""
     records = [json.loads(line) for line in path.read_text().splitlines()]
     print(f"| method | behaviour | parts | seeds | {' | '.join(map(str, COLUMNS))} | last | last, above 0.1% |")
     print("|" + " --- |" * (len(COLUMNS) + 6))
