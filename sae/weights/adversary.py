@@ -27,11 +27,11 @@ from sae.behavior.measure import Progress
 from sae.errors import UserError
 from sae.lm.matrices import Matrix, Part
 from sae.weights import edit
+from sae.weights.bars import GONE
 from sae.weights.edit import Mask, Weights
 from sae.weights.levels import aggregate, parts_of
 from sae.weights.objective import Objective
 from sae.weights.regions import Region, by_name, edited, regions
-from sae.weights.surgery import GONE
 
 Array = np.ndarray
 OVERSHOOT = 2.5  # total length of the steps, in half-widths of the box

@@ -11,7 +11,7 @@ change the others.
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,11 +27,9 @@ from sae.behavior.measure import (
     prepare_margins,
 )
 from sae.errors import UserError
+from sae.weights.adversary import Adversary
+from sae.weights.bars import GONE, KL_BAR, MOVED
 
-if TYPE_CHECKING:
-    from sae.weights.adversary import Adversary
-
-GONE, MOVED, KL_BAR = 0.05, 0.01, 0.01  # what a clean removal stays below
 KL_TOKENS = 8
 
 
@@ -244,7 +242,7 @@ class Surgery(NamedTuple):
     kept_after: float | None
     doses: tuple[Dose, ...]
     passed: bool
-    adversary: "Adversary | None" = None
+    adversary: Adversary | None = None
 
 
 def shortfall(quick: Quick, clean: Quick) -> float:
