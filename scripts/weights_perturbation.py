@@ -6,7 +6,8 @@
 Appends a line for every method, behaviour and seed to the file, and prints the table of all that is in it. Scores are
 judged by AUROC among all heads, and among all neurons, against the planted truth: positive are parts whose return to
 their values before planting takes more than 1% off the behaviour's margin (and, in the last column, more than 0.1%).
-Prompts and draws change with the seed. The method `each` takes every part away by itself, whatever the budget.
+Prompts and draws change with the seed. The method `each` takes every part away by itself, whatever the budget;
+`to_stage_one` is `adaptive` with the organism before planting as the reference.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from sae.behavior.measure import prepare_margins
 from sae.lm.matrices import block_matrices, heads, neurons
 from sae.organism.corpus import contrast_records
 from sae.organism.load import organism_folder
-from sae.organism.truth import read_planted
+from sae.organism.truth import read_planted, stage_one_weights
 from sae.weights.margins import MarginMetric
 from sae.weights.objective import margin_objective
 from sae.weights.perturb import METHODS
@@ -44,6 +45,13 @@ def each(metric, matrices, parts, *, budget, seed):
     return METHODS["adaptive"](metric, matrices, parts, budget=10**9, seed=seed, split=len(parts))
 
 
+def to_stage_one(metric, matrices, parts, *, budget, seed):
+    """The search with a reference: parts are taken back to the organism before planting."""
+    own = {matrix.name: matrix.parameter.detach().clone() for matrix in matrices}
+    base = own | stage_one_weights(own, read_planted(organism_folder()))
+    return METHODS["adaptive"](metric, matrices, parts, budget=budget, seed=seed, reference=base)
+
+
 def run(args):
     """Measure what is asked for and append it to the file."""
     lm, planted = sae.load_lm("organism"), read_planted(organism_folder())
@@ -59,7 +67,7 @@ def run(args):
                     extra["gradients"] = margin_objective(lm, records, matrices).gradient
                 start = time.perf_counter()
                 metric = MarginMetric(lm, prepare_margins(lm, records))
-                found = (METHODS | {"each": each})[method](
+                found = (METHODS | {"each": each, "to_stage_one": to_stage_one})[method](
                     metric, matrices, parts, budget=args.budget, seed=seed, **extra
                 )
                 seconds = time.perf_counter() - start

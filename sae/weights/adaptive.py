@@ -4,9 +4,10 @@ All parts of one kind in one layer are probed at once; the group in which most h
 probed, and so on down to single parts, until the budget is spent. Groups are drawn at random within a layer, so that
 nothing depends on the order in which a model keeps its neurons.
 
-A group is probed by taking it away (``"ablation"``), or by noise in its weights (``"noise"``). What decides whether
-it is divided is the root mean square of its effect over the prompts: parts whose effects differ in sign cancel in the
-mean, but hardly on every prompt. What an undivided group did is shared equally among its parts.
+A group is probed by taking it away (``"ablation"``: its weights to zero, or to another model's values), or by noise in
+its weights (``"noise"``). What decides whether it is divided is the root mean square of its effect over the prompts:
+parts whose effects differ in sign cancel in the mean, but hardly on every prompt. What an undivided group did is shared
+equally among its parts.
 
 Effects of groups are sums of their parts' only in part. Two that do the same work hide each other: taking either away
 changes nothing, taking both does. `detail["hidden"]` adds up, over the divided groups a part was in, what each did
@@ -15,7 +16,7 @@ beyond the sum of its pieces, shared equally: where it is large beside the score
 """
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -51,6 +52,7 @@ def adaptive(
     probe: Probe = "ablation",
     strength: float = 1.0,
     split: int = 4,
+    reference: Mapping[str, Tensor] | None = None,
 ) -> Located:
     """Find the parts whose loss lowers a metric most, by dividing groups of them.
 
@@ -61,10 +63,13 @@ def adaptive(
         budget: evaluations of the metric, at most.
         seed: of the groups and the noise.
         progress: called at every evaluation.
-        probe: ``"ablation"`` scales weights by 1 - strength; ``"noise"`` adds Gaussian noise of that size relative to
-            each matrix's root mean square and takes it away again: one pair, two evaluations.
+        probe: ``"ablation"`` moves weights by `strength` of the way to zero, or to the reference; ``"noise"`` adds
+            Gaussian noise of that size relative to each matrix's root mean square and takes it away again: one pair,
+            two evaluations.
         strength: of a probe of several parts; an ablation of a single one is always whole.
         split: into how many pieces a group is divided.
+        reference: another model's matrices by name; an ablation then takes weights to its values. Parts that both
+            models share count for nothing, however much every answer needs them.
 
     Returns:
         Scores: under ablation the fall of the metric, an undivided group's shared among its parts; under noise the root
@@ -72,14 +77,17 @@ def adaptive(
         alone; for others the root mean square of what their group did, since any one of them may have done it all.
 
     Raises:
-        UserError: no such probe, or a strength or split that makes no sense.
+        UserError: no such probe, a strength or split that makes no sense, or a reference without one of the matrices.
     """
     if probe not in PROBES:
         raise unknown("probe", probe, list(PROBES))
     if not 0 < strength <= 1 or split < 2:
         raise UserError(f"strength {strength} and split {split}: give 0 < strength <= 1 and split >= 2.")
+    missing = [one.name for one in matrices if reference is not None and one.name not in reference]
+    if missing:
+        raise UserError(f"the reference has no {missing[0]!r}: give a model of the same architecture.")
     meter = Meter("adaptive", metric, matrices, parts, budget, seed, progress)
-    return _Search(meter, parts, probe, strength, split).run()
+    return _Search(meter, parts, probe, strength, split, reference).run()
 
 
 @dataclass
@@ -91,6 +99,7 @@ class _Search:
     probe: Probe
     strength: float
     split: int
+    reference: Mapping[str, Tensor] | None
 
     def __post_init__(self) -> None:
         n = len(self.parts)
@@ -148,9 +157,12 @@ class _Search:
 
     def _ablated(self, where: Sequence[Region], layer: int, n: int) -> Array:
         strength = 1.0 if n == 1 else self.strength
-        kept = 1.0 - strength
-        after = self.meter.under(where, lambda region, values: values * kept, layer)
-        return (self.meter.clean - after) / strength
+
+        def change(region: Region, values: Tensor) -> Tensor:
+            kept = (1.0 - strength) * values
+            return kept if self.reference is None else kept + strength * region.of(self.reference[region.name]).to(kept)
+
+        return (self.meter.clean - self.meter.under(where, change, layer)) / strength
 
     def _shaken(self, where: Sequence[Region], layer: int) -> Array:
         draw = int(self.rng.integers(2**31))

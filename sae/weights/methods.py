@@ -170,6 +170,8 @@ def _perturbed(name: str) -> PartMethod:
             metric, gradients = problem.blocks.metric(metric), problem.blocks.gradients(gradients)
             matrices = problem.blocks.matrices
         options: dict[str, Any] = {"gradients": gradients} if name == "gradient_directed" else {}
+        if name == "adaptive" and parts and parts[0].level != BLOCK:
+            options["reference"] = problem.reference
         found = perturb.METHODS[name](
             metric,
             matrices,

@@ -125,6 +125,17 @@ def test_a_whole_search_measures_every_part_exactly():
     np.testing.assert_allclose(coarse.scores[6:], toy.falls[6:].mean(), atol=1e-12)
 
 
+def test_with_a_reference_only_what_differs_from_it_counts():
+    toy = Toy()
+    base = {name: value.clone() for name, value in toy.start.items()}
+    base["a"][2] = 0.0  # but for this row the two models are the same
+    found = adaptive(toy, toy.matrices, toy.parts, budget=100, reference=base)
+    assert found.scores[2] == pytest.approx(toy.falls[2])
+    np.testing.assert_allclose(np.delete(found.scores, 2), 0, atol=1e-12)
+    with pytest.raises(UserError, match="same architecture"):
+        adaptive(toy, toy.matrices, toy.parts, reference={"a": base["a"]})
+
+
 def test_a_search_divides_only_where_the_effect_is():
     toy = Toy()
     weight = nn.Parameter(torch.ones(256, 1, dtype=torch.float64))
