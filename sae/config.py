@@ -378,7 +378,7 @@ class LocalizeConfig:
     attack_restarts: int = 2  # starts of an attack: no mask, then random ones
     null_runs: int = 0  # shuffles of the labels under which is located again; needs planted truth
     threshold: float = 0.001  # planted parts count from this share of the behaviour's margin
-    batch_prompts: int = 64  # prompts in one backward pass: memory grows with it
+    batch_prompts: int = 64  # prompts in one backward pass, at most: fewer where their activations are large
     save_weights: bool = False  # also write the scores of single weights: each method as large as the model in float32
     decomposition: DecompositionConfig = field(default_factory=DecompositionConfig)
 

@@ -1,6 +1,9 @@
 """Which device to compute on, asked for by name, and how much memory it has."""
 
+import ctypes
+import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from sae.errors import UserError, unknown
@@ -87,3 +90,19 @@ def resident_memory() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError):
         return 0
+
+
+def trim_memory() -> None:
+    """Give memory that was freed back to the system, where the C library keeps it (glibc); elsewhere nothing.
+
+    It keeps what lies between pieces still in use, which after many large tensors of different ages can be several
+    times what is in use.
+    """
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
+
+
+@functools.cache
+def _malloc_trim() -> Callable[[ctypes.c_size_t], int] | None:
+    return getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None

@@ -92,7 +92,7 @@ def run(config: RunConfig) -> None:
     for name, contrast in sets.items():
         if contrast.unanswerable:
             raise UserError(f"the contrast set of {name!r} cannot be used here, since {contrast.unanswerable}.")
-    reference = open_reference(options.reference, lm, matrices, planted)
+    reference = open_reference(options.reference, lm, matrices, planted, folder)
     inputs = {"lm": common.model_key(lm)} | {name: sha256_json(contrast.records) for name, contrast in sets.items()}
     inputs |= {"reference": reference.fingerprint}
     judges = _judges(config, lm, sets)
@@ -215,7 +215,7 @@ def _records(site: Site, methods: list[str], levels: list[str], bar: Progress) -
                     continue
                 problem = problem or site.problem(progress)
                 if method in PARAMETER_METHODS and level != DIRECTION:
-                    sides = sides or Sides(method, problem)
+                    sides = sides or Sides(method, problem, weights="parameter" in levels)
                 bar.update(1, now=f"{method} {level}")
                 yield _made(site, problem, sides, method, level, seed, path)
 
@@ -283,10 +283,10 @@ def _made(
         found = _scored(site, problem, sides, method, level, seed)
         rows = [method_row(one, behavior, site.planted, options.threshold) for one in found]
     for one in found:
-        whole = isinstance(one.scores, dict)
-        if whole and options.save_weights:
-            tensors |= {f"{one.method}/{name}": values for name, values in one.scores.items()}  # type: ignore[union-attr]
-        elif not whole:
+        if isinstance(one.scores, Mapping):
+            if options.save_weights:
+                tensors |= {f"{one.method}/{name}": values for name, values in one.scores.items()}
+        else:
             tensors[one.method] = torch.from_numpy(np.asarray(one.scores))
         if options.surgery:
             cuts.append(_cut(site, problem, one))

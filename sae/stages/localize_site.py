@@ -22,6 +22,7 @@ from sae.weights.adversary import Arena, Prompts, maskable
 from sae.weights.edit import Weights
 from sae.weights.methods import Problem
 from sae.weights.objective import Passage, margin_objective, passage_of, reply_objective
+from sae.weights.stored import Stored
 from sae.weights.surgery import Watch, Watched, harmless, prepare_watch
 
 STAGE_ONE = "stage_one"
@@ -92,7 +93,7 @@ class Site:
             prepare_margins(lm, due, batch), self.reference,
             ranks=(self.options.rank, self.options.rank), ig_steps=self.options.ig_steps, progress=progress,
             decomposition=None if self.decomposed is None else functools.partial(self.decomposed.open, progress),
-            n_measured=self.options.decomposition.n_measured,
+            n_measured=self.options.decomposition.n_measured, scratch=self.folder,
         )  # fmt: skip
 
     def replies(self, records: Records) -> Passage:
@@ -133,8 +134,12 @@ class Reference(NamedTuple):
     fingerprint: str
 
 
-def open_reference(name: str, lm: LanguageModel, matrices: list[Matrix], planted: Truth | None) -> Reference:
+def open_reference(
+    name: str, lm: LanguageModel, matrices: list[Matrix], planted: Truth | None, folder: Path | None = None
+) -> Reference:
     """The matrices of a reference: "" for none, "stage_one" for the organism before planting, or a model's name.
+
+    They are kept on disk, in a folder that may be given.
 
     Raises:
         UserError: a model of other matrices, or stage one of a model that has no planted truth.
@@ -148,7 +153,7 @@ def open_reference(name: str, lm: LanguageModel, matrices: list[Matrix], planted
                 f"{lm.name!r} has no planted truth, hence no stage one: name a model as localize.reference."
             )
         parameters = {key: value.clone() for key, value in own.items()}
-        return Reference(parameters | stage_one_weights(parameters, planted), STAGE_ONE)
+        return Reference(Stored((parameters | stage_one_weights(parameters, planted)).items(), folder), STAGE_ONE)
     base = load_lm(name, device=lm.device)
     other = {matrix.name: matrix.parameter.detach() for matrix in block_matrices(base)}
     for key, value in own.items():
@@ -156,4 +161,4 @@ def open_reference(name: str, lm: LanguageModel, matrices: list[Matrix], planted
             raise UserError(
                 f"{name!r} has no matrix like {key!r} of {lm.name!r}: give a model of the same architecture."
             )
-    return Reference({key: other[key] for key in own}, base.fingerprint)
+    return Reference(Stored(((key, other[key]) for key in own), folder), base.fingerprint)

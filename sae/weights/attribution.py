@@ -9,17 +9,20 @@ Scores are `{matrix name: tensor of the matrix's shape}` in float32, larger = mo
 - `integrated_gradients`, (W - W0) * mean gradient along the straight path from W0 to W: sums to the whole change of
   the margin between the two (Sundararajan et al. 2017, 1703.01365).
 - `fisher`, (W - W0)^2 * mean over prompts of the squared gradient (Theis et al. 2018, 1801.05787).
+- `sensitivity`, |W - W0| * mean over prompts of the gradient's size: `snip` without prompts cancelling (Wei et al.).
 - `wanda`, |W| * norm of its input over the reply's tokens (Sun et al. 2024, 2306.11695; Wei et al.).
 - `act_svd`, the squared entries of (I - Pi_u) Pi_s W, where Pi projects on the leading directions of a matrix's outputs
   over the behaviour's (s) and over other (u) replies (Wei et al.).
 - `weight_difference`, |W - W_reference|; `activation_difference`, squared differences of what heads and neurons give in
   the model and with the reference's matrices (Chen et al. 2024, 2406.14144, by their mean square).
 
-Memory: the scores are one more model in float32, and the differences of `differences.py` two; `integrated_gradients`
-also keeps the weights it moves, hence three models in all.
+Memory: the scores are one more model in float32. The weights that `integrated_gradients` and `activation_difference`
+move are kept on disk meanwhile.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -32,8 +35,10 @@ from sae.lm.matrices import Matrix
 from sae.weights.edit import Weights, rewritten
 from sae.weights.objective import Objective, Passage
 from sae.weights.responses import gathered_inputs, input_norms
+from sae.weights.restore import put_back
+from sae.weights.stored import Stored
 
-Scores = dict[str, Tensor]
+Scores = Mapping[str, Tensor]
 
 IG_STEPS = 16
 SVD_TOKENS = 1024
@@ -45,7 +50,7 @@ def _displacement(matrix: Matrix, baseline: Weights | None) -> Tensor:
     return now.clone() if baseline is None else now - baseline[matrix.name].to(now)
 
 
-def _zeros(matrices: Sequence[Matrix]) -> Scores:
+def _zeros(matrices: Sequence[Matrix]) -> dict[str, Tensor]:
     return {matrix.name: torch.zeros_like(matrix.parameter, dtype=torch.float32) for matrix in matrices}
 
 
@@ -63,7 +68,11 @@ def snip(objective: Objective, baseline: Weights | None = None) -> Scores:
 
 
 def integrated_gradients(
-    objective: Objective, baseline: Weights | None = None, steps: int = IG_STEPS, progress: Progress | None = None
+    objective: Objective,
+    baseline: Weights | None = None,
+    steps: int = IG_STEPS,
+    progress: Progress | None = None,
+    scratch: Path | None = None,
 ) -> Scores:
     """Return each weight's share of the objective's change along the straight path from the baseline to the model.
 
@@ -72,19 +81,20 @@ def integrated_gradients(
         baseline: where the path begins; zero if None.
         steps: midpoints at which the gradient is taken.
         progress: called after every step.
+        scratch: folder in which the model's weights are kept meanwhile; the system's temporary one if None.
     """
     found = _zeros(objective.matrices)
-    own = {matrix.name: matrix.parameter.detach().clone() for matrix in objective.matrices}
 
     def add(matrix: Matrix, gradient: Tensor) -> None:
         found[matrix.name].add_(gradient, alpha=1 / steps)
 
-    with rewritten(objective.matrices, {}, kept=own):
+    parameters = {matrix.name: matrix.parameter for matrix in objective.matrices}
+    with put_back(parameters, keep=functools.partial(Stored, folder=scratch)) as own:
         for step in range(steps):
             share = (step + 0.5) / steps
             with torch.no_grad():
-                for matrix in objective.matrices:
-                    value = own[matrix.name] * share
+                for number, matrix in enumerate(objective.matrices):
+                    value = own[number] * share
                     if baseline is not None:
                         value += baseline[matrix.name].to(value) * (1 - share)
                     matrix.parameter.copy_(value)
@@ -98,17 +108,33 @@ def integrated_gradients(
 
 def fisher(objective: Objective, baseline: Weights | None = None, progress: Progress | None = None) -> Scores:
     """Return the mean over prompts of (displacement * the prompt's own gradient)^2."""
+    return _over_prompts(objective, torch.square, baseline, progress, "fisher")
+
+
+def sensitivity(objective: Objective, baseline: Weights | None = None, progress: Progress | None = None) -> Scores:
+    """Return the mean over prompts of |displacement * the prompt's own gradient|."""
+    return _over_prompts(objective, torch.abs, baseline, progress, "sensitivity")
+
+
+def _over_prompts(
+    objective: Objective,
+    size: Callable[[Tensor], Tensor],
+    baseline: Weights | None,
+    progress: Progress | None,
+    what: str,
+) -> Scores:
+    """The mean over prompts of the size of displacement times gradient, of which it is the product of sizes."""
     found, n = _zeros(objective.matrices), len(objective)
     last = objective.matrices[0].name  # a backward comes to the first matrix last
 
     def add(matrix: Matrix, gradient: Tensor, row: int) -> None:
-        found[matrix.name].addcmul_(gradient.float(), gradient.float(), value=1 / n)
+        found[matrix.name].add_(size(gradient.float()), alpha=1 / n)
         if progress is not None and matrix.name == last:
-            progress("fisher", row + 1, n)
+            progress(what, row + 1, n)
 
     objective.prompt_gradients(add)
     for matrix in objective.matrices:
-        found[matrix.name].mul_(_displacement(matrix, baseline).square_())
+        found[matrix.name].mul_(size(_displacement(matrix, baseline)))
     return found
 
 
@@ -120,7 +146,7 @@ def wanda(lm: Any, passage: Passage, matrices: Sequence[Matrix]) -> Scores:
     for matrix in matrices:
         size = matrix.parameter.detach().float().abs()
         norm = norms.get(matrix.name, torch.zeros(size.shape[1 - matrix.out_axis])).to(size)  # an expert never asked
-        found[matrix.name] = size * (norm if matrix.out_axis == 0 else norm[:, None])
+        found[matrix.name] = size.mul_(norm if matrix.out_axis == 0 else norm[:, None])
     return found
 
 
@@ -130,16 +156,19 @@ def weight_difference(matrices: Sequence[Matrix], reference: Weights) -> Scores:
 
 
 @torch.no_grad()
-def activation_difference(lm: Any, passage: Passage, matrices: Sequence[Matrix], reference: Weights) -> Scores:
+def activation_difference(
+    lm: Any, passage: Passage, matrices: Sequence[Matrix], reference: Weights, scratch: Path | None = None
+) -> Scores:
     """Return how differently heads and neurons act in the model and with the reference's matrices in it.
 
     The mean square difference of each input coordinate of attention's and MLP's output matrices, spread evenly over
     its column, so that a neuron's or head's sum is its own mean square difference; elsewhere zero. Embeddings and
-    norms are the model's own in both.
+    norms are the model's own in both. The model's matrices are kept in a folder meanwhile, `scratch`, or the system's
+    temporary one.
     """
     ends = [matrix for matrix in matrices if matrix.kind in ("o", "out")]
     ours = gathered_inputs(lm, passage, ends)
-    with rewritten(matrices, reference):
+    with rewritten(matrices, reference, keep=functools.partial(Stored, folder=scratch)):
         theirs = gathered_inputs(lm, passage, ends)
     found = _zeros(matrices)
     for matrix in ends:
@@ -203,7 +232,7 @@ def _leading(outputs: Float[Tensor, "token d_out"], rank: int) -> Float[Tensor, 
 
 def removed_by(directions: Sequence[Direction]) -> Scores:
     """Return the sum of some directions' products, in the matrices' shapes: what `without` takes away."""
-    found: Scores = {}
+    found: dict[str, Tensor] = {}
     for one in directions:
         product = one.gain * torch.outer(one.out, one.into)
         product = product if one.matrix.out_axis == 0 else product.T

@@ -6,9 +6,11 @@ Weights that a behaviour needs are mostly weights that everything needs. Two dif
   matrix. As a score it is the rank for the behaviour, with what is in the utility's top p at zero, so that every
   threshold q gives their set.
 - `normalized_difference`: the behaviour's score minus the utility's size, each divided by its mean size over the model.
+
+Both are made a matrix at a time; what keeps them may be `dict`, or `sae.weights.stored.Stored` on disk.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ from sae.lm.matrices import Part
 from sae.weights.attribution import Scores
 
 Array = np.ndarray
+Keep = Callable[[Iterable[tuple[str, Tensor]]], Scores]
 TOP_UTILITY = 0.1
 
 
@@ -34,15 +37,15 @@ def _kept(behavior: Tensor, utility: Tensor, top: float) -> Tensor:
     return torch.where(_ranks(utility.abs()) > 1 - top, 0.0, _ranks(behavior))
 
 
-def set_difference(behavior: Scores, utility: Scores, top: float = TOP_UTILITY) -> Scores:
+def set_difference(behavior: Scores, utility: Scores, top: float = TOP_UTILITY, keep: Keep = dict) -> Scores:
     """Return ranks for the behaviour within each matrix, zero in the top share of the utility's sizes there."""
-    return {name: _kept(values, utility[name], top) for name, values in behavior.items()}
+    return keep((name, _kept(values, utility[name], top)) for name, values in behavior.items())
 
 
-def normalized_difference(behavior: Scores, utility: Scores) -> Scores:
+def normalized_difference(behavior: Scores, utility: Scores, keep: Keep = dict) -> Scores:
     """Return score / mean size - utility's size / mean size; means over all matrices."""
     ours, theirs = _mean_size(behavior), _mean_size(utility)
-    return {name: values / ours - utility[name].abs() / theirs for name, values in behavior.items()}
+    return keep((name, values / ours - utility[name].abs() / theirs) for name, values in behavior.items())
 
 
 def _mean_size(scores: Scores) -> float:

@@ -1,4 +1,4 @@
-"""Editing weights in place, for as long as a block runs; afterwards every value is back, bit for bit.
+"""Editing weights in place, for as long as a block runs; afterwards every value is back, bit for bit (`restore.py`).
 
 A *mask* says which single weights are meant: matrix name -> booleans of its shape. Matrices without a mark may be left
 out.
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sae.errors import UserError, unknown
 from sae.lm.matrices import Matrix, Part
+from sae.weights.restore import Keep, Marked, put_back
 
 Mask = dict[str, Tensor]
 Weights = Mapping[str, Tensor]
@@ -19,30 +20,28 @@ MODES = ("zero", "mean", "restore")
 
 
 @contextlib.contextmanager
-def rewritten(matrices: Sequence[Matrix], values: Weights, kept: Weights | None = None) -> Iterator[None]:
+def rewritten(matrices: Sequence[Matrix], values: Weights, keep: Keep = dict) -> Iterator[None]:
     """Context in which some matrices hold other values.
 
     Args:
         matrices: the model's.
         values: new values by matrix name, of the matrix's shape.
-        kept: copies that a caller who goes on to write more has made already; they are put back, too.
+        keep: where the old values are kept.
     """
-    own = {matrix.name: matrix.parameter for matrix in matrices}
-    before: dict[str, Tensor] = dict(kept or {})
-    try:
+    parameters = {matrix.name: matrix.parameter for matrix in matrices}
+    own = {name: parameters[name] for name in values}
+    with put_back(own, keep=keep):
         with torch.no_grad():
-            for name, new in values.items():
-                before.setdefault(name, own[name].detach().clone())
-                own[name].copy_(new)
+            for name, parameter in own.items():
+                parameter.copy_(values[name])
         yield
-    finally:
-        with torch.no_grad():
-            for name, old in before.items():
-                own[name].copy_(old)
 
 
-def masked_values(matrices: Sequence[Matrix], mask: Mask, mode: str, reference: Weights | None = None) -> Weights:
-    """Return the matrices' values with the marked weights replaced.
+@contextlib.contextmanager
+def replaced(
+    matrices: Sequence[Matrix], mask: Mask, mode: str = "zero", reference: Weights | None = None
+) -> Iterator[None]:
+    """Context in which the marked weights are replaced.
 
     Args:
         matrices: the model's.
@@ -57,26 +56,16 @@ def masked_values(matrices: Sequence[Matrix], mask: Mask, mode: str, reference: 
         raise unknown("surgery", mode, list(MODES))
     if mode == "restore" and reference is None:
         raise UserError("mode 'restore' needs a reference model: name one with localize.reference=... .")
-    found = {}
-    for matrix in matrices:
-        if matrix.name not in mask:
-            continue
-        old = matrix.parameter.detach()
-        if mode == "restore":
-            assert reference is not None
-            new = reference[matrix.name].to(old)
-        else:
-            new = torch.zeros_like(old) if mode == "zero" else old.float().mean().to(old).expand_as(old)
-        found[matrix.name] = torch.where(mask[matrix.name].to(old.device), new, old)
-    return found
-
-
-@contextlib.contextmanager
-def replaced(
-    matrices: Sequence[Matrix], mask: Mask, mode: str = "zero", reference: Weights | None = None
-) -> Iterator[None]:
-    """Context in which the marked weights are replaced; see `masked_values`."""
-    with rewritten(matrices, masked_values(matrices, mask, mode, reference)):
+    own = {matrix.name: matrix.parameter for matrix in matrices if matrix.name in mask}
+    with put_back(own, [Marked(name, mask[name]) for name in own]):
+        with torch.no_grad():
+            for name, parameter in own.items():
+                marks = mask[name].to(parameter.device)
+                if mode == "restore":
+                    assert reference is not None
+                    parameter.copy_(torch.where(marks, reference[name].to(parameter), parameter))
+                else:
+                    parameter.masked_fill_(marks, 0.0 if mode == "zero" else parameter.float().mean().to(parameter))
         yield
 
 

@@ -102,7 +102,7 @@ def method_row(found: Scored, behavior: str, planted: Truth | None, threshold: f
     """Score against the planted truth, where there is one for this behaviour and level."""
     columns: tuple[float | None, float | None, float | None, float | None] = (None, None, None, None)
     if planted is not None and behavior in planted.layout.behaviors and truth.is_measured(planted, found.level):
-        if isinstance(found.scores, dict):
+        if isinstance(found.scores, Mapping):
             values, effects = truth.sampled(planted, found.scores), planted.sample_effects.numpy()
         else:
             values, effects = found.scores, truth.effects_of(planted, found.parts)
@@ -216,7 +216,7 @@ def cut_blocks(
     Raises:
         UserError: no score is positive.
     """
-    assert not isinstance(found.scores, dict)
+    assert not isinstance(found.scores, Mapping)
     order = np.argsort(-found.scores, kind="stable")
     order = order[found.scores[order] > 0].tolist()
     groups: dict[Hashable, list[int]] = {}

@@ -7,7 +7,7 @@ head or neuron the two ends of one computation may cancel, as they do where it i
 the literature.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +23,7 @@ from sae.weights.edit import Mask, mask_of
 Array = np.ndarray
 LEVELS = ("parameter", "row", "column", "neuron", "head", "tensor")
 _BISECTIONS = 60
+_LINES = 64  # that are summed up at once
 
 
 def parts_of(lm: Any, matrices: list[Matrix], level: str) -> list[Part]:
@@ -39,17 +40,30 @@ def parts_of(lm: Any, matrices: list[Matrix], level: str) -> list[Part]:
     return inside[level](matrices) if level in inside else {"neuron": neurons, "head": heads}[level](lm, matrices)
 
 
-def aggregate(scores: Scores, parts: Sequence[Part]) -> Float[Array, " part"]:
-    """Return the sum of scores over each part's slices."""
-    # All slices run through a whole axis: reduce each matrix once, then add up a few numbers a part.
-    sums: dict[tuple[str, int], Array] = {}
+class LineSums(NamedTuple):
+    """Sums of scores over each row (axis 0) and column (axis 1) of every matrix: all that parts' scores are made of."""
+
+    sums: dict[tuple[str, int], Array]  #: by matrix name and axis
+
+
+def line_sums(scores: Scores) -> LineSums:
+    """Return the sums over rows and columns, in float64."""
+    return LineSums({(name, axis): _summed(values, axis) for name, values in scores.items() for axis in (0, 1)})
+
+
+def _summed(values: Tensor, axis: int) -> Array:
+    """Sums of a matrix's rows or columns; some at a time, since they are copied to float64 first."""
+    parts = values.split(_LINES, dim=axis)
+    return torch.cat([part.sum(dim=1 - axis, dtype=torch.float64) for part in parts]).cpu().numpy()
+
+
+def aggregate(scores: Scores | LineSums, parts: Sequence[Part]) -> Float[Array, " part"]:
+    """Return the sum of scores over each part's slices, all of which run through a whole axis."""
+    lines = scores if isinstance(scores, LineSums) else line_sums(scores)
     found = np.zeros(len(parts))
     for index, part in enumerate(parts):
         for one in part.slices:
-            key = (one.name, one.axis)
-            if key not in sums:
-                sums[key] = scores[one.name].sum(dim=1 - one.axis, dtype=torch.float64).cpu().numpy()
-            found[index] += sums[key][one.start : one.stop].sum()
+            found[index] += lines.sums[one.name, one.axis][one.start : one.stop].sum()
     return found
 
 
@@ -89,7 +103,7 @@ def locate(
         fraction: of all weights of the matrices, at most.
     """
     budget = fraction * sum(matrix.parameter.numel() for matrix in matrices)
-    if isinstance(scores, dict):
+    if isinstance(scores, Mapping):
         return Located(_above(scores, int(budget)), None)
     order = np.argsort(-scores, kind="stable")
     order = order[scores[order] > 0]

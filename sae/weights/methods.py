@@ -6,14 +6,17 @@ the utility, too. `PART_METHODS` score parts by changing the weights and reading
     PART_METHODS["mine"] = mine      # mine(problem, parts, budget, seed) -> part scores
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
 from sae.behavior.measure import MarginTask, Progress
+from sae.device import trim_memory
 from sae.errors import UserError, unknown
 from sae.lm.matrices import Matrix, Part
 from sae.weights import attribution, differences, perturb
@@ -22,11 +25,12 @@ from sae.weights.blocks import BLOCK, Blocks
 from sae.weights.decomposition.carriers import Carrier, find_carriers, weight_scores
 from sae.weights.decomposition.components import Decomposition
 from sae.weights.edit import Weights
-from sae.weights.levels import aggregate
+from sae.weights.levels import LineSums, aggregate, line_sums
 from sae.weights.located import Metric
 from sae.weights.margins import MarginMetric
 from sae.weights.noise import Gradients
 from sae.weights.objective import Objective, Passage
+from sae.weights.stored import Stored
 
 Array = np.ndarray
 SIDES = ("behavior", "utility")
@@ -51,6 +55,7 @@ class Problem:
         n_measured: components of it that are taken out one by one.
         carriers: what that method found of components, by side.
         blocks: low-rank blocks of the matrices, for methods that are given these as parts.
+        scratch: folder for what is as large as the model and not needed in memory; the system's temporary one if None.
     """
 
     lm: Any
@@ -68,6 +73,7 @@ class Problem:
     n_measured: int = 64
     carriers: dict[str, list[Carrier]] = field(default_factory=dict)
     blocks: Blocks | None = None
+    scratch: Path | None = None
     extra_evaluations: float = 0.0  #: forwards that went through no objective
 
     @property
@@ -98,7 +104,9 @@ def _snip(problem: Problem, side: str) -> Scores:
 
 def _integrated_gradients(problem: Problem, side: str) -> Scores:
     objective = problem.objective(side)
-    return attribution.integrated_gradients(objective, problem.reference, problem.ig_steps, problem.progress)
+    return attribution.integrated_gradients(
+        objective, problem.reference, problem.ig_steps, problem.progress, problem.scratch
+    )
 
 
 def _fisher(problem: Problem, side: str) -> Scores:
@@ -126,7 +134,9 @@ def _weight_difference(problem: Problem, side: str) -> Scores:
 
 def _activation_difference(problem: Problem, side: str) -> Scores:
     problem.extra_evaluations += 2
-    return attribution.activation_difference(problem.lm, problem.passage(side), problem.matrices, _reference(problem))
+    return attribution.activation_difference(
+        problem.lm, problem.passage(side), problem.matrices, _reference(problem), problem.scratch
+    )
 
 
 def _decomposition(problem: Problem, side: str) -> Scores:
@@ -226,22 +236,46 @@ def chosen_methods(names: Sequence[str], has_reference: bool) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-class Sides:
-    """A method's scores for the behaviour and, where it has them, for the utility; and all that follows from them."""
+class _Side(NamedTuple):
+    """A method's scores for one side: never all of them in memory."""
 
-    def __init__(self, name: str, problem: Problem) -> None:
-        """Run the method."""
-        self.name = name
+    lines: LineSums
+    weights: Stored[str] | None
+
+
+class Sides:
+    """A method's scores for the behaviour and, where it has them, for the utility; and all that follows from them.
+
+    Of one side after the other, sums over rows and columns are kept, of which parts' scores are made, and scores of
+    single weights on disk.
+    """
+
+    def __init__(self, name: str, problem: Problem, *, weights: bool = True) -> None:
+        """Run the method.
+
+        Args:
+            name: of `PARAMETER_METHODS`.
+            problem: what it is given.
+            weights: keep scores of single weights, too.
+        """
+        self.name, self._store = name, functools.partial(Stored, folder=problem.scratch)
         before = problem.evaluations
-        self.behavior = PARAMETER_METHODS[name](problem, "behavior")
+        self._behavior = self._run(problem, "behavior", weights)
         self.evaluations = {name: problem.evaluations - before}
-        self.utility = None if name in ONE_SIDED else PARAMETER_METHODS[name](problem, "utility")
+        self._utility = None if name in ONE_SIDED else self._run(problem, "utility", weights)
         self.both = problem.evaluations - before
+
+    def _run(self, problem: Problem, side: str, weights: bool) -> _Side:
+        found = PARAMETER_METHODS[self.name](problem, side)
+        kept = _Side(line_sums(found), self._store(found.items()) if weights else None)
+        del found
+        trim_memory()
+        return kept
 
     @property
     def variants(self) -> list[str]:
         """The plain method and its differences."""
-        ending = ("", "_set_difference", "_difference") if self.utility is not None else ("",)
+        ending = ("", "_set_difference", "_difference") if self._utility is not None else ("",)
         return [f"{self.name}{end}" for end in ending]
 
     def cost(self, variant: str) -> float:
@@ -249,21 +283,24 @@ class Sides:
         return self.evaluations[self.name] if variant == self.name else self.both
 
     def scores(self, variant: str) -> Scores:
-        """Scores of single weights."""
+        """Scores of single weights, on disk; `weights` must have been asked for."""
+        assert self._behavior.weights is not None
         if variant == self.name:
-            return self.behavior
-        assert self.utility is not None
+            return self._behavior.weights
+        assert self._utility is not None
+        assert self._utility.weights is not None
+        both = self._behavior.weights, self._utility.weights
         if variant.endswith("_set_difference"):
-            return differences.set_difference(self.behavior, self.utility)
-        return differences.normalized_difference(self.behavior, self.utility)
+            return differences.set_difference(*both, keep=self._store)
+        return differences.normalized_difference(*both, keep=self._store)
 
     def part_scores(self, variant: str, parts: Sequence[Part]) -> Float[Array, " part"]:
         """Scores of parts."""
-        ours = aggregate(self.behavior, parts)
+        ours = aggregate(self._behavior.lines, parts)
         if variant == self.name:
             return ours
-        assert self.utility is not None
-        theirs = aggregate(self.utility, parts)
+        assert self._utility is not None
+        theirs = aggregate(self._utility.lines, parts)
         if variant.endswith("_set_difference"):
             return differences.part_set_difference(ours, theirs, parts)
         return differences.part_normalized_difference(ours, theirs)

@@ -5,12 +5,15 @@
 
 Only the matrices asked for get gradients, and each gradient is handed over and let go as soon as backpropagation has
 made it: a backward needs the model, its activations and one matrix; a caller that adds gradients up, one more model.
+What a backward keeps of activations is counted on one prompt, and prompts are run in as many batches as keep it small
+beside the model.
 
 Cost is counted in *evaluations*: one forward over all prompts is 1, and a forward with its backward 3, since a backward
 makes two products where a forward makes one.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +25,7 @@ from torch import Tensor
 from sae.behavior.contrast import ContrastRecord
 from sae.behavior.cost import Followed
 from sae.behavior.measure import margin_of, prepare_margins
+from sae.device import trim_memory
 from sae.errors import UserError
 from sae.lm.matrices import Matrix
 from sae.lm.tokens import TokenBatch, pad
@@ -32,6 +36,8 @@ Read = Callable[[Tensor, Sequence[int]], Tensor]
 Receive = Callable[[Matrix, Tensor], None]
 
 FORWARD, BACKWARD = 1, 2  # evaluations
+ACTIVATIONS = 0.2  # of the matrices' bytes: what activations may take in a backward, if prompts can be run apart
+SMALL = 64 * 2**20  # bytes that they may always take
 ATTENTION_KINDS = ("q", "k", "v", "qkv", "qkv_by_head", "o")  # every token passes them; an expert may see none
 
 
@@ -68,7 +74,7 @@ class Objective:
         lm: the model.
         matrices: what gradients are taken for.
         tokens: the prompts, left-padded.
-        batch_prompts: rows run at once.
+        batch_prompts: rows run at once, at most.
         evaluations: forwards over all prompts so far; a forward with its backward counts 3.
     """
 
@@ -109,7 +115,7 @@ class Objective:
         Raises:
             UserError: no gradient reaches one of the attention's matrices.
         """
-        found = [self._backward(rows, receive) for rows in self._parts(self.batch_prompts)]
+        found = [self._backward(rows, receive) for rows in self._parts(self._batch)]
         self.evaluations += FORWARD + BACKWARD
         return torch.cat(found).double().cpu().numpy()
 
@@ -132,6 +138,31 @@ class Objective:
             )
         self.evaluations += FORWARD + BACKWARD
 
+    @functools.cached_property
+    def _batch(self) -> int:
+        """Rows whose activations a backward may keep together; counting it takes a forward of one row."""
+        sizes = [one.parameter.numel() * one.parameter.element_size() for one in self.matrices]
+        allowed = max(SMALL, int(ACTIVATIONS * sum(sizes)))
+        longest = int(self.tokens.mask.sum(dim=1).argmax())
+        return min(self.batch_prompts, max(1, allowed // max(1, self._activations(longest))))
+
+    def _activations(self, row: int) -> int:
+        """Bytes that a row's forward keeps for its backward, beside what is in the model anyway."""
+        kept: dict[int, int] = {}
+
+        def count(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            return tensor.detach()  # an operation's own result would keep itself alive
+
+        counted = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
+        with _differentiated(self.lm, self.matrices, _drop), torch.enable_grad(), self.lm.light(), counted:
+            self._values([row])
+        model = self.lm.bridge.original_model
+        for own in (*model.parameters(), *model.buffers()):
+            kept.pop(own.untyped_storage().data_ptr(), None)
+        return sum(kept.values())
+
     def _backward(self, rows: list[int], receive: Receive) -> Tensor:
         reached: set[str] = set()
 
@@ -142,6 +173,7 @@ class Objective:
         with _differentiated(self.lm, self.matrices, hand_over), torch.enable_grad(), self.lm.light():
             values = self._values(rows)
             (values.sum() / len(self)).backward()
+        trim_memory()
         for matrix in self.matrices:
             if matrix.kind in ATTENTION_KINDS and matrix.name not in reached:
                 raise UserError(
@@ -149,6 +181,10 @@ class Objective:
                     "lm.library=transformers, whose modules compute with the very matrices."
                 )
         return values.detach()
+
+
+def _drop(matrix: Matrix, gradient: Tensor) -> None:
+    """Let a gradient go."""
 
 
 @contextlib.contextmanager

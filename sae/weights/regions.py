@@ -1,4 +1,4 @@
-"""Changing weights for the length of a measurement: the very same values are put back, whatever happens inside."""
+"""Rows and columns of matrices, and changing them for the length of a measurement."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sae.errors import UserError
 from sae.lm.matrices import Matrix, Part
+from sae.weights.restore import put_back
 
 
 class Region(NamedTuple):
@@ -22,6 +23,10 @@ class Region(NamedTuple):
     def of(self, tensor: Tensor) -> Tensor:
         """Copy of those rows or columns of a tensor of the matrix's shape."""
         return tensor.index_select(self.axis, self.lines)
+
+    def put(self, tensor: Tensor, values: Tensor) -> None:
+        """Write those rows or columns, in place."""
+        tensor.index_copy_(self.axis, self.lines, values)
 
 
 def regions(parts: Iterable[Part], device: torch.device | str = "cpu") -> list[Region]:
@@ -50,27 +55,15 @@ def by_name(matrices: Sequence[Matrix], parts: Sequence[Part]) -> dict[str, Tens
 
 
 @contextlib.contextmanager
-def restored(parameters: Mapping[str, Tensor], where: Sequence[Region]) -> Iterator[None]:
-    """Context at whose end the regions hold the values they hold now, bit for bit."""
-    before = [(region, region.of(parameters[region.name].detach())) for region in where]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for region, values in reversed(before):
-                parameters[region.name].index_copy_(region.axis, region.lines, values)
-
-
-@contextlib.contextmanager
 def edited(
     parameters: Mapping[str, Tensor], where: Sequence[Region], change: Callable[[Region, Tensor], Tensor]
 ) -> Iterator[None]:
     """Context in which every region holds `change(region, its values)`; the values come in float32 at least."""
-    with restored(parameters, where):
+    with put_back(parameters, where):
         with torch.no_grad():
             for region in where:
                 parameter = parameters[region.name]
                 values = region.of(parameter.detach())
                 new = change(region, values.to(torch.promote_types(values.dtype, torch.float32)))
-                parameter.index_copy_(region.axis, region.lines, new.to(parameter))
+                region.put(parameter, new.to(parameter))
         yield

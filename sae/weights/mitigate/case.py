@@ -63,7 +63,6 @@ class Case(NamedTuple):
         targets: those with an alternative reply each: what is learned.
         shown: those with a reply that shows the behaviour.
         retain: harmless prompts of the find split, with the model's own replies: what is kept.
-        margin_task: the logit margin on `positives`.
         select: where every dial is chosen.
         report: where everything is measured.
         negatives: prompts of the report split on which the behaviour is not due.
@@ -78,7 +77,6 @@ class Case(NamedTuple):
     targets: Replies
     shown: Replies
     retain: Replies
-    margin_task: MarginTask
     select: Gauge
     report: Gauge
     negatives: tuple[ContrastRecord, ...]
@@ -135,7 +133,6 @@ def prepare_case(
             prepare(lm, harmless["find"][: settings.n_prompts_find], settings.batch_prompts),
             settings.max_new_tokens,
         ),
-        margin_task=prepare_margins(lm, positives, settings.batch_prompts),
         select=_gauge(lm, select, harmless["select"], judge, settings.n_prompts_select, settings),
         report=_gauge(lm, report, harmless["report"], judge, settings.n_prompts, settings, facts, _alike(report)),
         negatives=report.negatives[: settings.n_prompts],

@@ -17,6 +17,7 @@ from sae.behavior.judge import Verdict
 from sae.behavior.measure import Progress
 from sae.errors import UserError
 from sae.lm.weights import plain_parameters
+from sae.weights import restore
 from sae.weights.mitigate.case import Case, Gauge
 from sae.weights.mitigate.settings import MitigationSettings
 
@@ -55,16 +56,8 @@ def put_back(lm: Any) -> Iterator[Weights]:
         The values to which everything returns.
     """
     own = plain_parameters(lm)
-    flags = {name: parameter.requires_grad for name, parameter in own.items()}
-    before = weights_now(lm)
-    try:
-        yield before
-    finally:
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(before[name])
-                parameter.grad = None
-                parameter.requires_grad_(flags[name])
+    with restore.put_back(own, keep=lambda copies: {number: values.cpu() for number, values in copies}) as kept:
+        yield {name: kept[number] for number, name in enumerate(own)}
 
 
 class Tried(NamedTuple):

@@ -71,7 +71,7 @@ def fisher(lm: Any, kept: Replies, n: int, progress: Callable[[str, int, int], N
         progress: called after each.
     """
     check_trainable(lm)
-    own = plain_parameters(lm)
+    own = plain_parameters(lm)  # embeddings and norms among them, so that no `Objective` of matrices will do
     for parameter in own.values():
         parameter.requires_grad_(True)
     found = {name: torch.zeros_like(parameter) for name, parameter in own.items()}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sae.behavior.contrast import ContrastRecord
 from sae.behavior.measure import Prompts
 from sae.lm.tokens import Role, TokenBatch, Tokenized, pad
+from sae.weights.objective import Passage
 
 _REPLY = (int(Role.ASSISTANT), int(Role.FIRST_RESPONSE))
 
@@ -19,6 +20,15 @@ class Replies(NamedTuple):
 
     rows: tuple[Tokenized, ...]
     starts: tuple[int, ...]  #: in each row, where the reply begins
+
+    def first(self, n: int) -> "Replies":
+        """The first n of them."""
+        return Replies(self.rows[:n], self.starts[:n])
+
+    def passage(self, pad_id: int) -> Passage:
+        """All of them as rows whose replies are predicted."""
+        counts = (len(row.tokens) - start for row, start in zip(self.rows, self.starts, strict=True))
+        return Passage(pad(self.rows, padding_side="left", pad_id=pad_id), tuple(counts))
 
     def batch(self, lm: Any, index: Sequence[int]) -> "Batch":
         """Some of the rows, padded on the right: a prompt's tokens are in the same columns whatever the reply."""

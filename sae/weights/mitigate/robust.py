@@ -22,7 +22,7 @@ from sae.steering.interventions import Add
 from sae.weights.mitigate.case import Case
 from sae.weights.mitigate.choose import put_back
 from sae.weights.mitigate.finetune import descend
-from sae.weights.mitigate.replies import Replies, draws, given_replies, reply_loss
+from sae.weights.mitigate.replies import draws, given_replies, reply_loss
 from sae.weights.mitigate.settings import MitigationSettings
 
 LOOKS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50, 70, 100, 140, 200, 300, 500)
@@ -57,7 +57,7 @@ def relearn(lm: Any, case: Case, settings: MitigationSettings, target: float, pr
         progress: called now and then.
     """
     n = min(settings.relearn_examples, len(case.shown.rows))
-    shown = Replies(case.shown.rows[:n], case.shown.starts[:n])
+    shown = case.shown.first(n)
     order = draws(n, settings.batch, settings.seed)
     held_out = case.report.positives.first(settings.n_prompts_check)
     lr = settings.rate_for(lm.d_model)

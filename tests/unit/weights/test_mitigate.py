@@ -33,6 +33,7 @@ from sae.weights.mitigate.replies import draws, given_replies, own_replies, repl
 from sae.weights.mitigate.robust import first_words, relearn
 from sae.weights.mitigate.save import check_target, save_mitigated
 from sae.weights.mitigate.settings import MitigationSettings
+from sae.weights.objective import reply_objective
 
 SETTINGS = MitigationSettings(
     fractions=(0.0002, 0.0005),
@@ -295,6 +296,11 @@ def test_the_loss_is_of_the_replys_tokens_alone(lm, case):
     with torch.no_grad():
         found = float(reply_loss(lm, batch))
     assert found == pytest.approx(expected / (len(row.tokens) - start), rel=1e-4)
+    kept = case.retain.first(3)
+    each = reply_objective(lm, kept.passage(lm.pad_id), block_matrices(lm)).values()
+    with torch.no_grad():
+        alone = [float(reply_loss(lm, kept.batch(lm, [row]))) for row in range(3)]
+    assert each == pytest.approx(alone, abs=1e-4)
     own = own_replies(lm, case.report.positives.first(1), 14)
     assert lm.decode(own.rows[0].tokens[own.starts[0] :]) == "i cannot help with that ."
     assert own.rows[0].tokens[-1] in lm.eos_ids

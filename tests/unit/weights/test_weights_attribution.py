@@ -26,7 +26,10 @@ def test_first_order_scores_of_a_quadratic(toy):
         torch.testing.assert_close(attribution.snip(objective, base)[NAME], ((w - 0.5) * gradient).abs())
         each = torch.stack([torch.outer(w @ one, one) for one in x])
         torch.testing.assert_close(attribution.fisher(objective)[NAME], w.square() * each.square().mean(dim=0))
-        assert objective.evaluations == 9
+        torch.testing.assert_close(
+            attribution.sensitivity(objective, base)[NAME], (w - 0.5).abs() * each.abs().mean(dim=0)
+        )
+        assert objective.evaluations == 12
 
 
 def test_integrated_gradients_share_out_the_whole_change(toy):

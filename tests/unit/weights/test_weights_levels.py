@@ -4,10 +4,14 @@ import numpy as np
 import pytest
 import torch
 
+from sae.behavior.cost import own_replies
+from sae.behavior.measure import prepare, prepare_margins
 from sae.errors import UserError
 from sae.lm.matrices import Matrix, columns, rows, tensors
 from sae.weights import differences, edit
 from sae.weights.levels import LEVELS, aggregate, locate, matched, parts_of, sizes
+from sae.weights.methods import PARAMETER_METHODS, Problem, Sides
+from sae.weights.objective import margin_objective, passage_of, reply_objective
 
 
 def some_scores(matrices, seed=0):
@@ -154,3 +158,35 @@ def test_normalized_difference_of_parts_and_weights_agree():
     torch.testing.assert_close(found["b"], torch.tensor([[1.0, 1.0]]))
     parts = differences.part_normalized_difference(np.array([4.0, 0, 2, 2]), np.array([-1.0, 1, 0, 0]))
     assert parts.tolist() == [0.0, -2.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("method", ["taylor", "wanda", "act_svd"])
+def test_both_sides_on_disk_give_what_they_give_in_memory(organism, method, tmp_path):
+    lm, matrices, records = organism.lm, organism.matrices, organism.sets["refusal"]
+    due, calm = records.positives[:4], records.negatives[:4]
+    shown, other = (passage_of(own_replies(lm, prepare(lm, some), 4), lm.pad_id) for some in (due, calm))
+    problem = Problem(
+        lm, matrices, margin_objective(lm, due, matrices), reply_objective(lm, other, matrices), shown, other,
+        prepare_margins(lm, due), scratch=tmp_path,
+    )  # fmt: skip
+    sides = Sides(method, problem)
+    ours = dict(PARAMETER_METHODS[method](problem, "behavior"))
+    expected = {method: ours}
+    if method != "act_svd":
+        theirs = dict(PARAMETER_METHODS[method](problem, "utility"))
+        expected[f"{method}_set_difference"] = differences.set_difference(ours, theirs)
+        expected[f"{method}_difference"] = differences.normalized_difference(ours, theirs)
+    assert sides.variants == list(expected)
+    for name, scores in expected.items():
+        found = sides.scores(name)
+        assert list(found) == list(scores)
+        assert all(torch.equal(found[key], values) for key, values in scores.items())
+    heads = parts_of(lm, matrices, "head")
+    assert np.array_equal(sides.part_scores(method, heads), aggregate(ours, heads))
+    a, b = locate(sides.scores(method), [], matrices, 0.01), locate(ours, [], matrices, 0.01)
+    assert a.mask.keys() == b.mask.keys()
+    assert all(torch.equal(a.mask[name], b.mask[name]) for name in a.mask)
+    light = Sides(method, problem, weights=False)
+    assert all(
+        np.array_equal(light.part_scores(name, heads), sides.part_scores(name, heads)) for name in sides.variants
+    )

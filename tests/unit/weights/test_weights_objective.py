@@ -122,3 +122,25 @@ def test_a_gradient_that_does_not_arrive_is_refused(toy):
     ]
     with pytest.raises(UserError, match="no gradient reaches 'other'"):
         objective.gradients(lambda one, gradient: None)
+
+
+def test_a_backward_keeps_no_more_activations_than_it_may(toy, lm, monkeypatch):
+    # The toy keeps a token's input (4 numbers), and its outputs (3) for the square.
+    assert toy.quadratic()._activations(0) == 4 * (4 + 3)
+    records, matrices = contrast().records, block_matrices(lm)
+    whole = total(margin_objective(lm, records, matrices))
+    one = margin_objective(lm, records, matrices)
+    size = one._activations(len(records) - 1)  # the longest
+    for allowed, rows in ((5 * size // 2, 2), (size // 2, 1), (100 * size, len(records))):
+        monkeypatch.setattr("sae.weights.objective.SMALL", allowed)
+        monkeypatch.setattr("sae.weights.objective.ACTIVATIONS", 0.0)
+        objective = margin_objective(lm, records, matrices)
+        ran = []
+        forward = objective.read
+        objective.read = lambda logits, rows, forward=forward, ran=ran: ran.append(len(rows)) or forward(logits, rows)
+        gradient, values = total(objective)
+        assert ran[1:] == [rows] * (len(records) // rows)  # the first is the one that was counted
+        assert values == pytest.approx(whole[1], abs=1e-4)
+        for name, expected in whole[0].items():
+            torch.testing.assert_close(gradient[name], expected, rtol=1e-3, atol=1e-5)
+        assert objective.evaluations == 3
