@@ -16,7 +16,7 @@ import numpy as np
 from sae.cli import main as sae
 from sae.organism.corpus import BEHAVIORS
 
-METHODS = "taylor,snip,integrated_gradients,fisher,wanda,act_svd,chance"
+METHODS = "taylor,snip,integrated_gradients,fisher,wanda,act_svd"
 LEVELS = "parameter,row,neuron,head"
 
 

@@ -32,7 +32,7 @@ from sae.stages import common
 from sae.stages.contrast import open_contrast, open_contrasts
 from sae.weights.mitigate.case import prepare_case
 from sae.weights.mitigate.compare import METHODS, Comparison, MitigationRow, compare_mitigations
-from sae.weights.mitigate.prune import read_scores
+from sae.weights.mitigate.prune import read_scores, scores_file
 from sae.weights.mitigate.save import check_target
 from sae.weights.mitigate.settings import MitigationSettings
 
@@ -179,9 +179,9 @@ def _inputs(
     judged = {behavior: _judge(config.behavior.contrast[0], behavior)}
     judged |= {f"keep/{name}": _judge(name, part.behavior) for name, part in kept.items()}
     inputs |= {f"judges.{name}": judge_key(judge) for name, judge in judged.items()}
-    scores = Path(config.mitigate.scores)
+    scores, _ = scores_file(config.mitigate.scores)
     if config.mitigate.scores:
-        inputs["scores"] = sha256_file(scores) if scores.is_file() else str(scores)
+        inputs["scores"] = sha256_file(scores) if scores.is_file() else config.mitigate.scores
     if config.mitigate.reference:
         inputs["reference"] = config.mitigate.reference
     return inputs

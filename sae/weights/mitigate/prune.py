@@ -75,20 +75,39 @@ def _checked(matrices: list[Matrix], given: Weights) -> dict[str, Tensor]:
     return {matrix.name: given[matrix.name].to(matrix.parameter.device) for matrix in matrices}
 
 
-def read_scores(path: Path | str) -> dict[str, Tensor]:
+def scores_file(place: Path | str) -> tuple[Path, str]:
+    """Where scores lie, and the method after a colon, if one is named."""
+    path, colon, method = str(place).rpartition(":")
+    return (Path(path), method) if colon and not Path(place).exists() else (Path(place), "")
+
+
+def read_scores(place: Path | str) -> dict[str, Tensor]:
     """Scores of parameters by matrix, from a safetensors file or a folder that holds one.
 
+    Files that `sae localize` writes with `localize.save_weights=true` have several methods' scores: `file:method` takes
+    one's.
+
     Raises:
-        UserError: no such file, or several in the folder.
+        UserError: no such file, several in the folder, or several methods and none of them named.
     """
-    path = Path(path)
+    path, method = scores_file(place)
     if path.is_dir():
         found = sorted(path.glob("*.safetensors"))
         if len(found) != 1:
             names = ", ".join(file.name for file in found) or "none"
             raise UserError(f"{str(path)!r} has {names} for scores: name one safetensors file.")
         path = found[0]
-    return read_tensors(path)
+    tensors = read_tensors(path)
+    methods = list(dict.fromkeys(name.split("/")[0] for name in tensors if "/" in name))
+    if not methods and not method:
+        return tensors
+    if method not in methods and (method or len(methods) != 1):
+        raise UserError(
+            f"{str(path)!r} has scores of {', '.join(methods) or 'no named method'}: say which, "
+            f"scores={path}:{methods[0] if methods else '...'}"
+        )
+    start = f"{method or methods[0]}/"
+    return {name.removeprefix(start): values for name, values in tensors.items() if name.startswith(start)}
 
 
 def _objectives(work: Work, matrices: list[Matrix]) -> tuple[Objective, Objective]:

@@ -372,6 +372,13 @@ def test_what_the_user_gets_wrong_is_said(lm, case, tied, tmp_path):
     with pytest.raises(UserError, match=r"a.safetensors, b.safetensors for scores"):
         read_scores(tmp_path)
     assert list(read_scores(tmp_path / "a.safetensors")) == ["x"]
+    located = tmp_path / "taylor-parameter-s0.safetensors"  # as `sae localize localize.save_weights=true` writes them
+    write_tensors(located, {"taylor/x": torch.ones(1), "taylor_difference/x": torch.zeros(1)})
+    assert float(read_scores(f"{located}:taylor_difference")["x"]) == 0
+    assert list(read_scores(f"{located}:taylor")) == ["x"]
+    for given in (located, f"{located}:snip", f"{tmp_path / 'a.safetensors'}:snip"):
+        with pytest.raises(UserError, match="say which"):
+            read_scores(given)
     with pytest.raises(UserError, match="is no parameter of"):
         put(lm, {"nothing": torch.zeros(1)})
     with pytest.raises(UserError, match="ascending"):
