@@ -261,7 +261,7 @@ class BehaviorConfig:
 
 @dataclass
 class CircuitConfig:
-    """The graph of parts behind a behaviour; checked by `sae.weights.circuit.CircuitSettings`."""
+    """The graph of parts behind a behaviour; checked by `sae.weights.circuits.circuit.CircuitSettings`."""
 
     share: float = 0.85  # of the behaviour's margin that the graph keeps
     corrupt: str = "auto"  # what prompts are compared with: paired | mean | auto (paired where prompts have partners)

@@ -25,9 +25,9 @@ from sae.lm.matrices import block_matrices, heads, neurons
 from sae.organism.corpus import contrast_records
 from sae.organism.load import organism_folder
 from sae.organism.truth import read_planted, stage_one_weights
-from sae.weights.margins import MarginMetric
 from sae.weights.objective import margin_objective
-from sae.weights.perturb import METHODS
+from sae.weights.perturbation.margins import MarginMetric
+from sae.weights.perturbation.registry import METHODS
 from sae.weights.truth import effects_of, positives
 
 SHARES = (0.01, 0.001)  # of the margin

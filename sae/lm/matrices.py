@@ -67,7 +67,7 @@ class Part(NamedTuple):
     A head is its queries' rows and its output's columns, with its keys' and values' where no other head shares them. A
     neuron is its rows of gate and input and its column of the output. A row is an output of a matrix, a column an
     input, however the matrix is stored. A block is some of a matrix's singular directions: its slice is of what
-    `sae.weights.blocks` makes of the matrix.
+    `sae.weights.perturbation.blocks` makes of the matrix.
     """
 
     level: str  #: "head", "neuron", "row", "column", "tensor" or "block"

@@ -17,9 +17,9 @@ from sae.report.terminal import summary_table
 from sae.stages import common
 from sae.stages.contrast import open_contrasts
 from sae.stages.opened import opened_saes
-from sae.weights.circuit import Circuit, CircuitSettings, find_circuit
-from sae.weights.circuit_files import write_graph
-from sae.weights.members import compare, truth_of
+from sae.weights.circuits.circuit import Circuit, CircuitSettings, find_circuit
+from sae.weights.circuits.files import write_graph
+from sae.weights.circuits.members import compare, truth_of
 
 N_TOP = 20
 

@@ -37,7 +37,6 @@ from sae.stages import common
 from sae.stages.contrast import open_contrast, open_contrasts
 from sae.stages.decomposition import Decomposed, write_carriers
 from sae.stages.localize_site import DECOMPOSITION, Site, open_reference
-from sae.weights.blocks import BLOCK, Blocks
 from sae.weights.edit import Weights
 from sae.weights.findings import (
     MethodRow,
@@ -63,6 +62,7 @@ from sae.weights.methods import (
 )
 from sae.weights.null import CONTRASTED, null_rows
 from sae.weights.objective import margin_objective
+from sae.weights.perturbation.blocks import BLOCK, Blocks
 from sae.weights.surgery import Watched
 from sae.weights.truth import is_measured
 

@@ -22,7 +22,7 @@ from sae.report.terminal import summary_table
 from sae.stages import common
 from sae.stages.contrast import open_contrasts
 from sae.stages.opened import opened_saes
-from sae.weights.members import truth_of
+from sae.weights.circuits.members import truth_of
 from sae.weights.wiring import Side, Wiring, beside_located, wire
 
 LEVELS = ("head", "neuron")

@@ -31,7 +31,7 @@ from sae.weights.bars import GONE
 from sae.weights.edit import Mask, Weights
 from sae.weights.levels import aggregate, parts_of
 from sae.weights.objective import Objective
-from sae.weights.regions import Region, by_name, edited, regions
+from sae.weights.perturbation.regions import Region, by_name, edited, regions
 
 Array = np.ndarray
 OVERSHOOT = 2.5  # total length of the steps, in half-widths of the box

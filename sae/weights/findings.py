@@ -15,9 +15,9 @@ from sae.organism.truth import Truth
 from sae.weights import edit, truth
 from sae.weights.adversary import Arena
 from sae.weights.attribution import Direction, Scores, without
-from sae.weights.blocks import Blocks
 from sae.weights.edit import Mask, Weights
 from sae.weights.levels import Located, locate, matched, matched_indices
+from sae.weights.perturbation.blocks import Blocks
 from sae.weights.surgery import Cut, Surgery, Watch, operate
 
 Array = np.ndarray

@@ -19,17 +19,18 @@ from sae.behavior.measure import MarginTask, Progress
 from sae.device import trim_memory
 from sae.errors import UserError, unknown
 from sae.lm.matrices import Matrix, Part
-from sae.weights import attribution, differences, perturb
+from sae.weights import attribution, differences
 from sae.weights.attribution import Direction, Scores
-from sae.weights.blocks import BLOCK, Blocks
 from sae.weights.decomposition.carriers import Carrier, find_carriers, weight_scores
 from sae.weights.decomposition.components import Decomposition
 from sae.weights.edit import Weights
 from sae.weights.levels import LineSums, aggregate, line_sums
-from sae.weights.located import Metric
-from sae.weights.margins import MarginMetric
-from sae.weights.noise import Gradients
 from sae.weights.objective import Objective, Passage
+from sae.weights.perturbation import registry
+from sae.weights.perturbation.blocks import BLOCK, Blocks
+from sae.weights.perturbation.located import Metric
+from sae.weights.perturbation.margins import MarginMetric
+from sae.weights.perturbation.noise import Gradients
 from sae.weights.stored import Stored
 
 Array = np.ndarray
@@ -169,7 +170,7 @@ def chance_parts(problem: Problem, parts: Sequence[Part], budget: int, seed: int
 
 
 def _perturbed(name: str) -> PartMethod:
-    """A method of `sae.weights.perturb`, with the margin that starts behind what has not changed."""
+    """A method of `sae.weights.perturbation.registry`, with the margin that starts behind what has not changed."""
 
     def method(problem: Problem, parts: Sequence[Part], budget: int, seed: int) -> Float[Array, " part"]:
         metric: Metric = MarginMetric(problem.lm, problem.task)
@@ -182,7 +183,7 @@ def _perturbed(name: str) -> PartMethod:
         options: dict[str, Any] = {"gradients": gradients} if name == "gradient_directed" else {}
         if name == "adaptive" and parts and parts[0].level != BLOCK:
             options["reference"] = problem.reference
-        found = perturb.METHODS[name](
+        found = registry.METHODS[name](
             metric,
             matrices,
             parts,
@@ -212,7 +213,7 @@ ONE_SIDED = ("act_svd", "weight_difference")  #: these have no utility of their 
 NEED_REFERENCE = ("weight_difference", "activation_difference")
 EXPENSIVE = ("decomposition",)  #: asked for by name only
 CHANCE = "chance"
-PART_METHODS: dict[str, PartMethod] = {CHANCE: chance_parts} | {name: _perturbed(name) for name in perturb.METHODS}
+PART_METHODS: dict[str, PartMethod] = {CHANCE: chance_parts} | {name: _perturbed(name) for name in registry.METHODS}
 
 
 def chosen_methods(names: Sequence[str], has_reference: bool) -> list[str]:

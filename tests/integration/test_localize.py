@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sae.weights import perturb
+from sae.weights.perturbation import registry
 
 QUICK = ("localize.n_prompts=8", "localize.n_report=16", "localize.fractions=[0.006]", "localize.n_random=1")
 
@@ -94,7 +94,7 @@ def test_a_model_without_planted_truth_and_its_base(sae, model, tmp_path):
     assert all(row["auroc"] is None and row["base_rate"] is None for row in rows)
     levels = {"parameter", "row", "column", "neuron", "head", "tensor", "block", "direction"}
     assert {row["level"] for row in rows} == levels
-    assert {row["method"] for row in rows if row["level"] == "block"} == {*perturb.METHODS, "chance"}
+    assert {row["method"] for row in rows if row["level"] == "block"} == {*registry.METHODS, "chance"}
     assert "decomposition" not in {row["method"] for row in rows}  # named only
     assert {"snip", "wanda_difference", "act_svd", "weight_difference", "chance"} <= {row["method"] for row in rows}
     assert result(sae, "m")["surgery"] == []

@@ -16,12 +16,12 @@ from sae.lm.matrices import Matrix, Part, Slice, block_matrices, heads, neurons
 from sae.organism.corpus import contrast_records
 from sae.organism.load import organism_folder
 from sae.organism.truth import read_planted
-from sae.weights.adaptive import adaptive
-from sae.weights.evolution import evolution
-from sae.weights.margins import MarginMetric
-from sae.weights.noise import gradient_directed, plain, random
-from sae.weights.perturb import METHODS
-from sae.weights.regions import edited, regions
+from sae.weights.perturbation.adaptive import adaptive
+from sae.weights.perturbation.evolution import evolution
+from sae.weights.perturbation.margins import MarginMetric
+from sae.weights.perturbation.noise import gradient_directed, plain, random
+from sae.weights.perturbation.regions import edited, regions
+from sae.weights.perturbation.registry import METHODS
 
 N_PROMPTS = 6
 

@@ -9,8 +9,8 @@ from torch import nn
 
 from sae.errors import UserError
 from sae.lm.matrices import Matrix
-from sae.weights.blocks import Blocks
-from sae.weights.perturb import METHODS
+from sae.weights.perturbation.blocks import Blocks
+from sae.weights.perturbation.registry import METHODS
 
 N_PROMPTS = 5
 

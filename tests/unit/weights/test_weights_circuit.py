@@ -16,13 +16,13 @@ from sae.formats.registry import load
 from sae.lm.load import load_lm
 from sae.organism.corpus import contrast_records
 from sae.report.circuit import circuit_svg
-from sae.weights.circuit import CircuitSettings, find_circuit
-from sae.weights.circuit_files import graphml, write_graph
-from sae.weights.contrasted import contrasted
-from sae.weights.edges import edge_scores
-from sae.weights.graph import make_nodes, possible, pruned, random_graph, strongest, used
-from sae.weights.members import compare, truth_of
-from sae.weights.patching import Runner
+from sae.weights.circuits.circuit import CircuitSettings, find_circuit
+from sae.weights.circuits.contrasted import contrasted
+from sae.weights.circuits.edges import edge_scores
+from sae.weights.circuits.files import graphml, write_graph
+from sae.weights.circuits.graph import make_nodes, possible, pruned, random_graph, strongest, used
+from sae.weights.circuits.members import compare, truth_of
+from sae.weights.circuits.patching import Runner
 from sae.weights.stream import coordinates_at, open_stream
 
 
@@ -113,7 +113,7 @@ def _patched_by_hand(lm, stream, given, nodes, source, target):
     """Path patching in two forwards of one's own: the reader's output without the edge, then the model with it."""
     from sae.behavior.measure import margin_of
     from sae.lm.hooks import edit
-    from sae.weights.contrasted import read_state
+    from sae.weights.circuits.contrasted import read_state
 
     (rows,) = given.rows
     state = read_state(lm, stream, given, rows)

@@ -18,7 +18,7 @@ from sae.lm.matrices import Matrix, Part, Slice
 from sae.lm.weights import plain_parameters
 from sae.weights.edit import only, replaced, rewritten
 from sae.weights.mitigate.choose import put_back as put_model_back
-from sae.weights.regions import edited, regions
+from sae.weights.perturbation.regions import edited, regions
 from sae.weights.restore import Marked, Whole, put_back
 from sae.weights.stored import Stored
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from sae.errors import UserError, unknown
 from sae.lm.matrices import Matrix, Part
-from sae.weights.located import Array, Located, Meter, Metric, Moments, Progress
-from sae.weights.regions import Region, regions
+from sae.weights.perturbation.located import Array, Located, Meter, Metric, Moments, Progress
+from sae.weights.perturbation.regions import Region, regions
 
 Space = Literal["parts", "weights"]
 SPACES = ("parts", "weights")
@@ -38,7 +38,7 @@ def evolution(
     That is the sum of W * gradient over a part's last slice, its output: what SNIP sums without its absolute value.
 
     Args:
-        metric: see `sae.weights.located.Metric`.
+        metric: see `sae.weights.perturbation.located.Metric`.
         matrices: those that the parts lie in.
         parts: what to score, none of them overlapping.
         budget: evaluations of the metric, at most; each pair is two.

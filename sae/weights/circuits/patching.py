@@ -18,8 +18,8 @@ from torch import Tensor
 
 from sae.behavior.measure import margin_of
 from sae.lm.hooks import edit
-from sae.weights.contrasted import Contrasted, State, read_state
-from sae.weights.graph import Node, possible
+from sae.weights.circuits.contrasted import Contrasted, State, read_state
+from sae.weights.circuits.graph import Node, possible
 from sae.weights.stream import Site, Stream, coordinates_at, instead
 
 Array = np.ndarray

@@ -2,7 +2,7 @@
 
     W = sum over blocks b of U_b S_b V_b' + the rest,      perturbed: W + U_b N V_b',  N [k k]
 
-To the methods of `sae.weights.perturb` blocks are rows all the same: of *cores*, in which the k x k squares S_b lie one
+To the methods of `registry.py` blocks are rows all the same: of *cores*, in which the k x k squares S_b lie one
 below the other. A method changes a core, and before the metric is evaluated what changed is carried over into the
 weights. So noise in a block stays along its own directions, taking it away takes away U_b S_b V_b' and nothing else,
 and every method does what it does to rows.
@@ -23,8 +23,8 @@ from sae.errors import UserError
 from sae.lm.matrices import Matrix, Part, Slice
 from sae.weights.attribution import Direction
 from sae.weights.edit import rewritten
-from sae.weights.located import Metric
-from sae.weights.noise import Gradients
+from sae.weights.perturbation.located import Metric
+from sae.weights.perturbation.noise import Gradients
 
 Array = np.ndarray
 BLOCK = "block"

@@ -2,8 +2,8 @@
 
     from sae.behavior.measure import prepare_margins
     from sae.lm.matrices import block_matrices, heads, neurons
-    from sae.weights.margins import MarginMetric
-    from sae.weights.perturb import METHODS
+    from sae.weights.perturbation.margins import MarginMetric
+    from sae.weights.perturbation.registry import METHODS
 
     metric = MarginMetric(lm, prepare_margins(lm, positives))
     found = METHODS["adaptive"](metric, block_matrices(lm), neurons(lm), budget=2000, seed=0)
@@ -15,10 +15,10 @@ compare on a model whose parts are known in docs/weights.md.
 
 from collections.abc import Callable
 
-from sae.weights.adaptive import adaptive
-from sae.weights.evolution import evolution
-from sae.weights.located import Located
-from sae.weights.noise import gradient_directed, plain, random
+from sae.weights.perturbation.adaptive import adaptive
+from sae.weights.perturbation.evolution import evolution
+from sae.weights.perturbation.located import Located
+from sae.weights.perturbation.noise import gradient_directed, plain, random
 
 METHODS: dict[str, Callable[..., Located]] = {
     "plain": plain,

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from sae.errors import UserError
 from sae.lm.matrices import Matrix, Part
-from sae.weights.regions import Region, by_name, edited
+from sae.weights.perturbation.regions import Region, by_name, edited
 
 Array = np.ndarray
 Metric = Callable[[], Float[Array, " n"]]
 """Per-prompt values under the weights as they are now. One with a method `from_layer(layer)`, which gives the same
-where no earlier layer has changed, is asked for that: see `sae.weights.margins.MarginMetric`."""
+where no earlier layer has changed, is asked for that: see `sae.weights.perturbation.margins.MarginMetric`."""
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
 

@@ -1,7 +1,7 @@
 """The smallest graph of a model's parts that still shows a behaviour, and how far it can be trusted.
 
-Edges are scored on one split of the prompts (`sae.weights.edges`), the size of the graph is chosen on a second, and
-everything reported is measured on a third, by running the model as the graph (`sae.weights.patching`):
+Edges are scored on one split of the prompts (`edges.py`), the size of the graph is chosen on a second, and
+everything reported is measured on a third, by running the model as the graph (`patching.py`):
 
     faithfulness = (margin of the graph - margin without any edge) / (margin of the model - margin without any edge)
 
@@ -20,10 +20,10 @@ from sae import stats
 from sae.behavior.contrast import ContrastSet
 from sae.behavior.measure import Progress
 from sae.errors import UserError, unknown
-from sae.weights.contrasted import CORRUPTIONS, contrasted
-from sae.weights.edges import EdgeScores, edge_scores, part_scores
-from sae.weights.graph import Node, make_nodes, random_graph, strongest, used
-from sae.weights.patching import Runner
+from sae.weights.circuits.contrasted import CORRUPTIONS, contrasted
+from sae.weights.circuits.edges import EdgeScores, edge_scores, part_scores
+from sae.weights.circuits.graph import Node, make_nodes, random_graph, strongest, used
+from sae.weights.circuits.patching import Runner
 from sae.weights.stream import Stream, open_stream
 
 Array = np.ndarray
@@ -38,7 +38,7 @@ class CircuitSettings:
 
     Attributes:
         share: faithfulness to keep.
-        corrupt: the state compared with, see `sae.weights.contrasted`.
+        corrupt: the state compared with, see `sae.weights.circuits.contrasted`.
         attention: "heads", or "whole": attention of a layer as one node.
         n_neurons: neurons of largest score that are nodes of their own; 0 leaves every MLP whole.
         n_steps: of EAP-IG; 0 is EAP.

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from sae.errors import UserError, unknown
 from sae.lm.matrices import Matrix, Part
-from sae.weights.located import Array, Located, Meter, Metric, Progress
-from sae.weights.regions import Region, regions
+from sae.weights.perturbation.located import Array, Located, Meter, Metric, Progress
+from sae.weights.perturbation.regions import Region, regions
 
 Probe = Literal["ablation", "noise"]
 PROBES = ("ablation", "noise")
@@ -57,7 +57,7 @@ def adaptive(
     """Find the parts whose loss lowers a metric most, by dividing groups of them.
 
     Args:
-        metric: see `sae.weights.located.Metric`.
+        metric: see `sae.weights.perturbation.located.Metric`.
         matrices: those that the parts lie in.
         parts: what to score: heads, neurons, rows, or some of each, none of them overlapping.
         budget: evaluations of the metric, at most.

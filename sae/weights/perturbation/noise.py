@@ -14,8 +14,8 @@ from torch import Tensor
 
 from sae.errors import UserError
 from sae.lm.matrices import Matrix, Part
-from sae.weights.located import Array, Located, Meter, Metric, Moments, Progress
-from sae.weights.regions import Region, regions
+from sae.weights.perturbation.located import Array, Located, Meter, Metric, Moments, Progress
+from sae.weights.perturbation.regions import Region, regions
 
 Gradients = Callable[[], Mapping[str, Tensor]]
 """The gradient of the metric's mean, matrix name to a tensor of its shape, under the weights as they are now."""
@@ -54,7 +54,7 @@ def plain(
     standard errors, takes a million draws.
 
     Args:
-        metric: see `sae.weights.located.Metric`.
+        metric: see `sae.weights.perturbation.located.Metric`.
         matrices: all that are perturbed, whether parts lie in them or not.
         parts: what to score.
         budget: evaluations of the metric, at most; each draw is one.
@@ -123,7 +123,7 @@ def random(
     therefore not independent. Parts take their turns in a random order, one pair each, until the budget is spent.
 
     Args:
-        metric: see `sae.weights.located.Metric`.
+        metric: see `sae.weights.perturbation.located.Metric`.
         matrices: those that the parts lie in.
         parts: what to score.
         budget: evaluations of the metric, at most; each pair is two.
@@ -195,7 +195,7 @@ def gradient_directed(
     order of what the gradient promises; those the budget does not reach keep that promise as their score.
 
     Args:
-        metric: see `sae.weights.located.Metric`.
+        metric: see `sae.weights.perturbation.located.Metric`.
         matrices: those that the parts lie in.
         parts: what to score.
         gradients: called once; not counted as an evaluation (a backward pass costs about two).

@@ -3,7 +3,7 @@
     score(u -> v) = mean over prompts of  sum over tokens of  (c_u - c_u') . g_v
 
 c_u is what u adds to the residual stream on the prompt, c_u' what it adds in the other state
-(`sae.weights.contrasted`), g_v the gradient of the margin by what v reads, as far as v alone passes it on. Above 0 the
+(`contrasted.py`), g_v the gradient of the margin by what v reads, as far as v alone passes it on. Above 0 the
 edge speaks for the behaviour. It is the first-order effect of giving v the other c_u, exact where all behind it is
 linear.
 
@@ -20,8 +20,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae.behavior.measure import Progress, margin_of
-from sae.weights.contrasted import Contrasted, Rows, State, read_state
-from sae.weights.graph import LOGITS, Node, possible
+from sae.weights.circuits.contrasted import Contrasted, Rows, State, read_state
+from sae.weights.circuits.graph import LOGITS, Node, possible
 from sae.weights.stream import Site, Stream, traced
 
 Array = np.ndarray

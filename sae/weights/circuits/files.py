@@ -7,8 +7,8 @@ from xml.sax.saxutils import quoteattr
 import numpy as np
 
 from sae.files import write_json, write_text
-from sae.weights.circuit import Circuit
-from sae.weights.graph import used
+from sae.weights.circuits.circuit import Circuit
+from sae.weights.circuits.graph import used
 
 SCHEMA_VERSION = 1
 _NODE_KEYS = {"kind": "string", "layer": "int", "score": "double"}

@@ -6,7 +6,7 @@ import numpy as np
 
 from sae import stats
 from sae.organism.truth import Truth, read_planted
-from sae.weights.circuit import Circuit
+from sae.weights.circuits.circuit import Circuit
 
 
 class Level(NamedTuple):
