@@ -30,7 +30,7 @@ from sae.behavior.measure import prepare, prepare_margins
 from sae.lm.load import load_lm
 from sae.lm.matrices import block_matrices
 from sae.stages.localize import open_reference
-from sae.weights.methods import NEED_REFERENCE, PARAMETER_METHODS, Problem, Sides
+from sae.weights.methods import EXPENSIVE, NEED_REFERENCE, PARAMETER_METHODS, Problem, Sides
 from sae.weights.objective import margin_objective, passage_of, reply_objective
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
@@ -131,12 +131,15 @@ def measure(name: str, tiny: Path, folder: Path, reference: Path) -> None:
     print(f"{name:22} {sizes:14} {sum(seconds for _, seconds in found):6.1f} s", flush=True)
 
 
+CHEAP = [*PASSES, *(name for name in PARAMETER_METHODS if name not in EXPENSIVE)]
+
+
 def main() -> None:
     """Make the model, run the passes, print a line each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=13)
     parser.add_argument("--d-model", type=int, default=768)
-    parser.add_argument("--only", nargs="*", default=[*PASSES, *PARAMETER_METHODS], help="passes and methods")
+    parser.add_argument("--only", nargs="*", default=CHEAP, help="passes and methods")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         models = [Path(folder) / name for name in ("tiny", "model", "reference")]
