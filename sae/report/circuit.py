@@ -9,12 +9,18 @@ from sae.report.svg import Figure, Key, fit_text, number, standalone, text_width
 MAX_EDGES = 250  # drawn; more are a smear
 _ROW, _GAP, _HEIGHT = 86.0, 10.0, 22.0
 _PER_ROW = 14
-_LANES = {"embed": 0, "attn": 1, "head": 1, "neuron": 2, "mlp": 2, "latent": 3, "rest": 3, "logits": 4}
+#: Kinds of node, and the lane of a layer that each is drawn in.
+KINDS = {"embed": 0, "attn": 1, "head": 1, "neuron": 2, "mlp": 2, "latent": 3, "rest": 3, "logits": 4}
 _SIZES = (0.8, 7.0)  # widths of edges in pixels
 
 
 def circuit_svg(graph: Mapping[str, Any], title: str, note: str = "") -> str:
-    """Draw a graph as a file of its own.
+    """Draw a graph as a file of its own; see `circuit_figure`."""
+    return standalone(circuit_figure(graph, title, note))
+
+
+def circuit_figure(graph: Mapping[str, Any], title: str, note: str = "") -> str:
+    """Draw a graph.
 
     Args:
         graph: `nodes` with name, kind, layer and score; `edges` with source, target and weight, strongest first.
@@ -45,14 +51,14 @@ def circuit_svg(graph: Mapping[str, Any], title: str, note: str = "") -> str:
             _draw_node(figure, node, places[node["name"]], widths[node["name"]])
         figure.text(14, places[row[0]["name"]][1] + 4, _lane_name(row[0]), cls="small")
     described = f"{len(nodes)} components and {len(edges)} edges from the embeddings at the bottom to the logits."
-    return standalone(figure.render(title, described))
+    return figure.render(title, described)
 
 
 def _rows(nodes: Sequence[Mapping[str, Any]], edges: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
     """Nodes by layer and lane from the bottom up, wide lanes in several rows, ordered to cross little."""
     lanes: dict[tuple[int, int], list[Mapping[str, Any]]] = {}
     for node in nodes:
-        lanes.setdefault((node["layer"], _LANES[node["kind"]]), []).append(node)
+        lanes.setdefault((node["layer"], KINDS[node["kind"]]), []).append(node)
     rows = []
     for key in sorted(lanes):
         lane = lanes[key]

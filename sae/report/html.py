@@ -26,6 +26,7 @@ from sae.report.related import relations_view
 from sae.report.svg import DASH, PLOT_CSS, PLOT_CSS_DARK, number, percent
 from sae.report.tables import spread
 from sae.report.values import as_dict
+from sae.report.weights_view import weights_view
 
 HERE = Path(__file__).parent
 
@@ -75,6 +76,7 @@ def render_report(data: ReportData, *, redact: bool = False) -> str:
         grid=grid_view(data),
         relations=relations_view(data),
         comparison=comparison_view(data.comparison),
+        weights=weights_view(data.weights),
         gates=gate_view(data),
         provenance=provenance_view(data),
         snippet=loading_snippet(data),

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sae.report.evidence import Behavior, Rate
+from sae.report.weights_records import WeightsFound
 
 
 @dataclass(frozen=True)
@@ -242,6 +243,7 @@ class ReportData:
     behaviors: list[Behavior] = field(default_factory=list)
     relations: Relations = field(default_factory=Relations)
     comparison: Comparison = field(default_factory=Comparison)
+    weights: WeightsFound = field(default_factory=WeightsFound)
     gates: list[GateRow] = field(default_factory=list)
     probe_auroc: dict[str, float] = field(default_factory=dict)
     curves: list[dict[str, Any]] = field(default_factory=list)

@@ -23,6 +23,7 @@ from sae.report.model import (
     StageInfo,
 )
 from sae.report.read_behavior import read_behavior
+from sae.report.read_weights import read_weights
 from sae.report.relations import read_relations
 from sae.report.values import (
     as_control,
@@ -165,6 +166,7 @@ def read_run(run_folder: Path | str) -> ReportData:
     data.relations = dataclasses.replace(relations, folder=related, atoms_folder=atoms)
     comparison = read_comparison(folder / crossed, results.get(crossed, {}), data.problems)
     data.comparison = dataclasses.replace(comparison, folder=crossed)
+    data.weights = read_weights(results, _read(folder / "circuit" / "graph.json", data.problems))
     organism = results.get("organism", {})
     for row in map(as_dict, as_list(organism.get("table"))):
         gates = {key: bool(value) for key, value in as_dict(row.get("gates")).items()}

@@ -39,6 +39,7 @@ class Table(NamedTuple):
     caption: bool = False
     tall: bool = False  #: scrolls in itself
     hidden: int = 0  #: rows that are not shown
+    source: str = "behavior/result.json"  #: the file that has them
 
 
 EMPTY = Cell(DASH)
@@ -52,6 +53,7 @@ def table(
     limit: int | None = None,
     caption: bool = False,
     tall: bool = False,
+    source: str = "behavior/result.json",
 ) -> Table | None:
     """Build a table without the columns that have nothing in them; None without rows.
 
@@ -62,12 +64,13 @@ def table(
         limit: rows shown; `Table.hidden` counts the others.
         caption: show the name above it.
         tall: let a long one scroll in itself.
+        source: the file that has the other rows.
     """
     if not rows:
         return None
     kept = [place for place in range(len(columns)) if not place or any(row.cells[place] != EMPTY for row in rows)]
     shown = [Line([row.cells[place] for place in kept], row.look) for row in rows[:limit]]
-    return Table(name, [columns[place] for place in kept], shown, caption, tall, len(rows) - len(shown))
+    return Table(name, [columns[place] for place in kept], shown, caption, tall, len(rows) - len(shown), source)
 
 
 def text_cell(text: str, small: str = "") -> Cell:
