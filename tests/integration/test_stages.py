@@ -217,8 +217,8 @@ def test_the_configuration_surface_is_frozen():
 
     top = [key for key in keys() if "." not in key]
     assert top == [
-        "name", "runs", "lm", "data", "harvest", "sae", "train", "eval", "behavior", "circuit", "steer", "localize",
-        "mitigate", "convert", "organism", "log", "bench", "suite", "plugins", "plan", "force", "job",
+        "name", "runs", "lm", "data", "harvest", "sae", "train", "eval", "behavior", "circuit", "wiring", "steer",
+        "localize", "mitigate", "convert", "organism", "log", "bench", "suite", "plugins", "plan", "force", "job",
     ]  # fmt: skip
 
 
