@@ -46,6 +46,8 @@ TRIALS = {"l0": ("sae.l0=",), **dict.fromkeys(("mitigate", "circuit", "wiring"),
 # What a stage may leave out of its keys:
 SHORT = {
     "audit": {name: f"behavior.{name}={{}}" for name in ("contrast", "root", "balance")},
+    "behavior": {name: f"behavior.{name}=[{{}}]" for name in ("contrast", "saes", "positions")}
+    | {name: f"behavior.{name}={{}}" for name in ("root", "balance", "null_runs", "n_random", "lookalikes", "choices")},
     "circuit": {
         "contrast": "behavior.contrast=[{}]",
         **{name: f"circuit.{name}={{}}" for name in ("share", "corrupt", "latents")},

@@ -34,6 +34,7 @@ from sae.stages.contrast import Opened, confounds, open_contrast, open_contrasts
 from sae.stages.evaluate import padded_batches
 from sae.stages.harvest import ensure_tokens
 from sae.stages.opened import opened_saes
+from sae.stages.report import write as write_page
 from sae.stages.train import ensure_trained, make_grid
 from sae.train.controls import TRAINED
 from sae.train.grid import SAESpec
@@ -329,3 +330,4 @@ def run(config: RunConfig) -> None:
     """Run the stage."""
     common.refuse_pair(config.lm, "behavior")
     ensure_behaviors(config, common.open_lm(config.lm))
+    print(write_page(config))

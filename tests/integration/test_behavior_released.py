@@ -59,9 +59,9 @@ def test_a_behaviour_is_searched_in_a_released_sae(tmp_path, contrast, capsys, k
     model, released = save_checkpoint(tmp_path / kind, kind), write(tmp_path)
     status = sae(
             "behavior", f"runs={tmp_path}", "name=released", f"lm.name={model}", f"behavior.saes=[{released}]",
-            f"behavior.contrast=[{contrast}]", "behavior.filter=false", "behavior.positions=[-1,-2]",
-            "behavior.n_random=3", "behavior.n_prompts=20", "behavior.n_prompts_random=4",
-            "behavior.max_new_tokens=3", "behavior.null_runs=5", "log.wandb=off",
+            f"contrast={contrast}", "behavior.filter=false", "positions=[-1,-2]",
+            "n_random=3", "behavior.n_prompts=20", "behavior.n_prompts_random=4",
+            "behavior.max_new_tokens=3", "null_runs=5", "log.wandb=off",
     )  # fmt: skip
     said = capsys.readouterr()
     assert status == 0, said.err
@@ -76,6 +76,9 @@ def test_a_behaviour_is_searched_in_a_released_sae(tmp_path, contrast, capsys, k
         assert "difference_of_means_everywhere" in record["rivals"]
         assert record["side_effects"]["none"]["remove"]["text"] is None, "the run has no text"
     assert not (tmp_path / "released" / "train").exists()
+    page = tmp_path / "released" / "report.html"
+    assert str(page) in said.out
+    assert 'id="behavior-' in page.read_text()
 
 
 def test_an_sae_of_another_width_is_refused_before_anything_runs(tmp_path, contrast, capsys):
