@@ -93,14 +93,15 @@ def make_settings(config: RunConfig) -> BehaviorSettings:
 
 def ensure_behaviors(config: RunConfig, lm: LanguageModel) -> dict[str, Any]:
     """Run the protocol for every configured behaviour, or read its results. Return `result.json`."""
-    paths = _paths(config, lm)
-    clock = common.Clock()
+    # What can be refused is read before SAEs are trained for it.
     opened = open_contrasts(config, lm)
     contrasts = {name: item.contrast for name, item in opened.items()}
     _refuse_unanswerable(contrasts)
     folder = config.folder / "behavior"
     settings = make_settings(config)
     beside = read_beside(config, lm)
+    paths = _paths(config, lm)
+    clock = common.Clock()
     inputs = {"lm": common.model_key(lm)} | common.sae_inputs(paths, folder) | text_inputs(config, opened, beside)
     inputs |= judge_inputs(contrasts, config, lm)
     if common.skip(config, folder, settings, inputs):

@@ -84,6 +84,11 @@ def run(config: RunConfig) -> None:
     matrices = block_matrices(lm)
     planted = _planted(lm)
     methods = chosen_methods(options.method, bool(options.reference))
+    if not any(_reaches(method, level) for method in methods for level in levels):
+        raise UserError(
+            f"{', '.join(methods)} score nothing at the level of {', '.join(levels)}: methods that change weights "
+            "score parts and blocks, those that attribute score single weights and parts (docs/weights.md)."
+        )
     if options.mode == "restore" and not options.reference:
         raise UserError("localize.mode=restore needs a model to restore from: name it as localize.reference.")
     _check_null(options, methods, planted, lm)

@@ -25,12 +25,12 @@ from sae.organism.truth import Truth
 from sae.weights import truth
 from sae.weights.attribution import Scores
 from sae.weights.levels import aggregate
-from sae.weights.methods import ONE_SIDED, PARAMETER_METHODS, Problem
+from sae.weights.methods import EXPENSIVE, ONE_SIDED, PARAMETER_METHODS, Problem
 
 Side = Callable[[Sequence[ContrastRecord]], Problem]
 """A problem whose behaviour's side is about these prompts."""
 
-CONTRASTED = tuple(name for name in PARAMETER_METHODS if name not in ONE_SIDED)
+CONTRASTED = tuple(name for name in PARAMETER_METHODS if name not in (*ONE_SIDED, *EXPENSIVE))
 """Methods with a contrast: their scores depend on which prompts they are taken on, and on one kind at a time."""
 
 

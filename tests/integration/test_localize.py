@@ -139,6 +139,7 @@ def test_a_decomposition_is_made_once_for_all_behaviours(sae):
         (["localize.adversary=true", "localize.surgery=false"], "localize.adversary"),
         (["localize.epsilons=[0]"], "localize.epsilons"),
         (["localize.null_runs=2", "method=act_svd"], "localize.null_runs"),
+        (["method=taylor", "level=block"], "taylor score nothing at the level of block"),
     ],
 )
 def test_bad_options_are_one_sentence(sae, overrides, named):
