@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sae.report.circuit import KINDS
+from sae.report.svg import percent
 from sae.report.values import as_dict, as_float, as_int, as_list, as_text
 from sae.report.weights_records import (
     CircuitFound,
@@ -66,11 +67,13 @@ def _worst(removed: list[dict[str, Any]]) -> str:
     """The smallest masks that bring a cut behaviour back, in words."""
     if not removed:
         return ""
-    back = [item.get("box") for item in removed if item.get("comes_back") is True]
-    said = [item for item in removed if isinstance(item.get("comes_back"), bool)]
-    if not said:
+    if not any(isinstance(item.get("comes_back"), bool) for item in removed):
         return "cannot be told"
-    return f"yes, at {as_text(back[0]) or 'the smallest masks'}" if back else "no"
+    back = [as_float(item.get("high")) for item in removed if item.get("comes_back") is True]
+    sizes = [high - 1 for high in back if high is not None]
+    if not back:
+        return "no"
+    return f"yes, at masks of {percent(min(sizes))}" if sizes else "yes"
 
 
 def _latent(entry: dict[str, Any]) -> WiredLatent:

@@ -7,9 +7,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sae.files import to_plain
 from sae.report.html import render_report
 from sae.report.read import read_run
 from sae.report.read_weights import read_weights
+from sae.weights.adversary import Adversary, Attacked, Removed, Seen
+
+SEEN = Attacked(Seen(-6.6, 0.0), Seen(1.0, 0.4))
+
+
+def removed(epsilon, comes_back):
+    """What the search for a worst case gives for one ball of masks."""
+    return Removed("ball", 1 - epsilon, 1 + epsilon, SEEN, SEEN, SEEN, comes_back)
+
 
 RATE = {"rate": 0.25, "low": 0.1, "high": 0.4, "n": 64}
 LOCALIZE = {
@@ -21,7 +31,7 @@ LOCALIZE = {
         {"behavior": "refusal", "method": "taylor", "level": "head", "fraction": 0.0114, "behavior_before": 1.0,
          "behavior_after": 0.0, "degenerate_after": 0.0, "other_max_change": 0.005, "kl_harmless": 4e-6,
          "random_after": 0.99, "passed": True,
-         "adversary": {"removed": [{"box": "0.02", "comes_back": False}, {"box": "0.05", "comes_back": True}]}},
+         "adversary": to_plain(Adversary(64, (removed(0.02, False), removed(0.05, True), removed(0.1, None)), ()))},
         {"behavior": "refusal", "method": "snip", "level": "head", "passed": False, "adversary": None},
     ],
 }  # fmt: skip
@@ -72,8 +82,8 @@ def test_the_section_has_what_was_found(tmp_path):
     heads = re.findall(r"<h3>([^<]*)</h3>", section)
     assert heads == ["Located", "Cut", "refusal: latent 127 at L1 resid_post", "Circuit of refusal", "Mitigated"]
     for words in (
-        "taylor difference", "0.855", "yes, at 0.05", "2 of 7,590 edges between 3 nodes", "0.853 to 0.913", "541",
-        "embed to L1.H11: 2.5 nats", "L3.N268", "6.97 higher where the behaviour is due",
+        "taylor difference", "0.855", "yes, at masks of 5%", "2 of 7,590 edges between 3 nodes", "0.853 to 0.913",
+        "541", "embed to L1.H11: 2.5 nats", "L3.N268", "6.97 higher where the behaviour is due",
     ):  # fmt: skip
         assert words in section, words
     assert section.count('class="best"') == 1  # the cut that passed every bar
