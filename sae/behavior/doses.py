@@ -42,7 +42,7 @@ def natural_range(encoder: Any, clamp: ClampChoice, resid: Float[Array, "n d_in"
     """Return the doses between which prompts put the latents by themselves: percentiles of the pre-activation.
 
     Pre-activations, since activations stop at 0: a latent that is far from firing is pushed there, too. Of several
-    latents the mean is taken, each in its own unit.
+    latents the mean is taken, each in its own unit. (A gated SAE's are its gate's, of about its activations' size.)
 
     Args:
         encoder: the SAE.

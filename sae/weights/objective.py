@@ -38,7 +38,7 @@ Receive = Callable[[Matrix, Tensor], None]
 FORWARD, BACKWARD = 1, 2  # evaluations
 ACTIVATIONS = 0.2  # of the matrices' bytes: what activations may take in a backward, if prompts can be run apart
 SMALL = 64 * 2**20  # bytes that they may always take
-ATTENTION_KINDS = ("q", "k", "v", "qkv", "qkv_by_head", "o")  # every token passes them; an expert may see none
+ATTENTION_KINDS = ("q", "k", "v", "qkv", "o")  # every token passes them; an expert may see none
 
 
 class Passage(NamedTuple):

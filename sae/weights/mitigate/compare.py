@@ -114,7 +114,7 @@ def _rate(lm: Any, prompts: Prompts, judge: Judge, case: Case) -> stats.Rate:
 
 @dataclass(frozen=True)
 class MitigationRow:
-    """One method's line of the table. Rates are on the report split, with 95% Wilson intervals.
+    """One method's line of the table. Rates are on the report split, with 95% intervals over topics.
 
     Attributes:
         method: its name.

@@ -104,7 +104,7 @@ def test_queries_that_lie_in_another_way_are_no_heads(lm):
     """As where each head's query has a gate beside it: rows of one head would be taken for those of two."""
     matrices = block_matrices(lm)
     named = {kind: index for index, matrix in enumerate(matrices) for kind in [matrix.kind] if matrix.layer == 1}
-    kind = next(kind for kind in ("q", "qkv", "qkv_by_head") if kind in named)
+    kind = next(kind for kind in ("q", "qkv") if kind in named)
     own = matrices[named[kind]]
     wide = torch.nn.Parameter(torch.cat([own.parameter.detach()] * 2, dim=own.out_axis))
     matrices[named[kind]] = own._replace(parameter=wide)
